@@ -1,0 +1,138 @@
+"""Finds NxD and NxDI and runs them in CPU mode, with or without the Neuron SDK."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import sys
+import tempfile
+
+import torch
+
+from . import neuron_stand_ins
+
+DEFAULT_SOURCE = "~/.cache/nxdi-source"
+
+# Package name -> the folder of its repository below NXDI_SOURCE.
+_PACKAGES = {
+    "neuronx_distributed": "neuronx-distributed",
+    "neuronx_distributed_inference": "neuronx-distributed-inference",
+}
+
+
+class NxDINotFound(ImportError):
+    pass
+
+
+def find_nxdi():
+    """The folders that sys.path lacks for importing NxD and NxDI: none where they are installed."""
+    if all(importlib.util.find_spec(package) for package in _PACKAGES):
+        return []
+    return find_nxdi_source()
+
+
+def find_nxdi_source():
+    root = pathlib.Path(os.environ.get("NXDI_SOURCE") or DEFAULT_SOURCE).expanduser()
+    folders = [root / repository / "src" for repository in _PACKAGES.values()]
+    for folder, package in zip(folders, _PACKAGES):
+        if not (folder / package / "__init__.py").is_file():
+            raise NxDINotFound(
+                f"no NxDI: {package} is neither installed nor in {folder}; git clone"
+                " https://github.com/aws-neuron/neuronx-distributed and"
+                f" https://github.com/aws-neuron/neuronx-distributed-inference into {DEFAULT_SOURCE}, or set NXDI_SOURCE"
+            )
+    return [str(folder) for folder in folders]
+
+
+def load_nxdi():
+    """Import NxDI in CPU mode. Returns the module; raises NxDINotFound."""
+    folders = find_nxdi()
+    os.environ["NXD_CPU_MODE"] = "1"
+    neuron_stand_ins.install()
+    sys.path.extend(folder for folder in folders if folder not in sys.path)
+    importlib.import_module("neuronx_distributed")
+    return importlib.import_module("neuronx_distributed_inference")
+
+
+def nxdi_version():
+    """The installed distribution's version; for a source folder, the one that the source declares."""
+    try:
+        return importlib.metadata.version("neuronx-distributed-inference")
+    except importlib.metadata.PackageNotFoundError:
+        return load_nxdi().__version__
+
+
+def require_nxdi():
+    """At the head of a test module: load NxDI, or skip the module."""
+    import pytest
+
+    try:
+        return load_nxdi()
+    except NxDINotFound as error:
+        pytest.skip(str(error), allow_module_level=True)
+
+
+def init_cpu_parallel(tp_degree=1, init_method="env://"):
+    """Set up torch.distributed (gloo) and NxD's process groups, as NxD's parallel layers and `to_cpu()` expect them.
+
+    Alone in its process, TP is 1. Under torchrun, or with the same variables set, every rank calls this.
+    """
+    load_nxdi()
+    from neuronx_distributed.parallel_layers import parallel_state
+
+    # to_cpu() would set up torch.distributed a second time if it found WORLD_SIZE, and fail.
+    world_size = int(os.environ.pop("WORLD_SIZE", 1))
+    if not torch.distributed.is_initialized():
+        _init_process_group(world_size, init_method)
+    if torch.distributed.get_world_size() != tp_degree:
+        raise ValueError(f"TP degree {tp_degree} in a process group of {torch.distributed.get_world_size()}")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_degree, skip_collective_init=True)
+
+
+def _init_process_group(world_size, init_method):
+    if world_size == 1:
+        # Without a port, test processes cannot disturb each other.
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    else:
+        rank = int(os.environ["RANK"])
+        torch.distributed.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
+
+
+def follow_buckets(model):
+    """Make a model that went through `to_cpu()` use its buckets, as the traced model does.
+
+    Tracing sets n_positions for every bucket; to_cpu() leaves it at seq_len, so that shorter buckets, and a
+    max_context_length below seq_len, fail on a mask of the wrong size.
+    """
+
+    def set_n_positions(module, args):
+        module.n_positions = args[1].shape[1]  # the attention mask, padded to the bucket
+
+    for module in {wrapper.model for wrapper in model.models}:
+        module.register_forward_pre_hook(set_n_positions)
+
+
+def run_parallel(function, tp_degree, *args):
+    """Call function(*args) on every rank of a new group of processes; returns the ranks' results in order.
+
+    `function` is defined at the top of a module; arguments and results can be pickled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_run_rank, (function, tp_degree, folder, args), nprocs=tp_degree)
+        return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(tp_degree)]
+
+
+def _run_rank(rank, function, tp_degree, folder, args):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp_degree))
+    init_cpu_parallel(tp_degree, init_method=f"file://{folder}/rendezvous")
+    torch.save(function(*args), _result_path(folder, rank))
+    # A rank that leaves early takes its peers' connections with it.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _result_path(folder, rank):
+    return os.path.join(folder, f"rank{rank}.pt")
