@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 import transformers
-
 from support import neuron_stand_ins, nxdi
 
 nxdi.require_nxdi()

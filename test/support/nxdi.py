@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import pathlib
 import sys
@@ -35,12 +36,13 @@ def find_nxdi():
 def find_nxdi_source():
     root = pathlib.Path(os.environ.get("NXDI_SOURCE") or DEFAULT_SOURCE).expanduser()
     folders = [root / repository / "src" for repository in _PACKAGES.values()]
-    for folder, package in zip(folders, _PACKAGES):
+    for folder, package in zip(folders, _PACKAGES, strict=True):
         if not (folder / package / "__init__.py").is_file():
             raise NxDINotFound(
-                f"no NxDI: {package} is neither installed nor in {folder}; git clone"
-                " https://github.com/aws-neuron/neuronx-distributed and"
-                f" https://github.com/aws-neuron/neuronx-distributed-inference into {DEFAULT_SOURCE}, or set NXDI_SOURCE"
+                f"no NxDI: {package} is neither installed nor in {folder};"
+                " git clone https://github.com/aws-neuron/neuronx-distributed and"
+                " https://github.com/aws-neuron/neuronx-distributed-inference"
+                f" into {DEFAULT_SOURCE}, or set NXDI_SOURCE to the folder that holds both"
             )
     return [str(folder) for folder in folders]
 
@@ -117,21 +119,31 @@ def follow_buckets(model):
 def run_parallel(function, tp_degree, *args):
     """Call function(*args) on every rank of a new group of processes; returns the ranks' results in order.
 
-    `function` is defined at the top of a module; arguments and results can be pickled.
+    `function` stands at the top level of a file, such as a test module; arguments and results can be pickled.
     """
+    # Named by file: pytest may know the test module by a name that the new processes cannot import.
+    worker = (inspect.getsourcefile(function), function.__name__)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_rank, (function, tp_degree, folder, args), nprocs=tp_degree)
+        torch.multiprocessing.spawn(_run_rank, (worker, tp_degree, folder, args), nprocs=tp_degree)
         return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(tp_degree)]
 
 
-def _run_rank(rank, function, tp_degree, folder, args):
+def _run_rank(rank, worker, tp_degree, folder, args):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp_degree))
     init_cpu_parallel(tp_degree, init_method=f"file://{folder}/rendezvous")
-    torch.save(function(*args), _result_path(folder, rank))
+    torch.save(_load_function(*worker)(*args), _result_path(folder, rank))
     # A rank that leaves early takes its peers' connections with it.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _load_function(path, name):
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return getattr(module, name)
 
 
 def _result_path(folder, rank):
