@@ -1,0 +1,1 @@
+"""DeepSeek-V3 for AWS Trainium2 on NeuronX Distributed Inference."""

@@ -1,0 +1,1 @@
+"""Reading, converting and laying out DeepSeek-V3 checkpoints."""

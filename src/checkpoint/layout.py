@@ -1,0 +1,143 @@
+"""Where every tensor of the model comes from: Hugging Face names and shapes, how they combine, how ranks split them.
+
+One declarative table, read by the in-memory converter, by the checks and by the embedded runtime's loader. A tensor of
+the model (Neuron name, as in NxDI's state dict) is made of one or more Hugging Face tensors.
+
+Sizes in shapes: H hidden, I intermediate, E routed experts, R kv_lora_rank, P qk_rope_head_dim, D qk_nope_head_dim,
+V v_head_dim, N heads, Q q_lora_rank.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..config import DeepseekV3InferenceConfig
+
+
+class Combine(Enum):
+    """How the sources of a tensor become one."""
+
+    ROWS = "stacked along dim 0; a single source is taken as it is"
+    EXPERTS_GATE_UP = "gate_0, up_0, gate_1, ... [I, H] each to [E, H, 2I], gate in the first I columns"
+    EXPERTS_DOWN = "down_0, down_1, ... [H, I] each to [E, I, H]"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the Hugging Face checkpoint, as it is after dequantization."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of the Neuron model.
+
+    partition_dim: axis that tensor parallelism splits, None for a copy on every rank. stride 2 splits each half of that
+    axis on its own and joins the two pieces ([gate | up] stays [gate_rank | up_rank]). float32: keeps that dtype
+    whatever the model's.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    combine: Combine = Combine.ROWS
+    partition_dim: int | None = None
+    stride: int = 1
+    float32: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, *rest = self.sources[0].shape
+        if self.combine is Combine.EXPERTS_GATE_UP:
+            return len(self.sources) // 2, rest[0], 2 * rows
+        if self.combine is Combine.EXPERTS_DOWN:
+            return len(self.sources), rest[0], rows
+        return sum(source.shape[0] for source in self.sources), *rest
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+def model_layout(config: "DeepseekV3InferenceConfig") -> Iterator[TensorSpec]:
+    """Every weight of the model, in the order of the forward pass. MTP layers are not part of it."""
+    H, vocab = config.hidden_size, config.vocab_size
+    embedding = Source("model.embed_tokens.weight", (vocab, H))
+    yield TensorSpec("embed_tokens.weight", (embedding,), partition_dim=1)
+    for layer in range(config.num_hidden_layers):
+        yield from layer_layout(config, layer)
+    yield _spec("norm.weight", "model.norm.weight", (H,))
+    head = embedding if config.tie_word_embeddings else Source("lm_head.weight", (vocab, H))
+    yield TensorSpec("lm_head.weight", (head,), partition_dim=0)
+
+
+def layer_layout(config: "DeepseekV3InferenceConfig", layer: int) -> Iterator[TensorSpec]:
+    """The weights of one decoder layer."""
+    neuron, hf = f"layers.{layer}.", f"model.layers.{layer}."
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield _spec(f"{neuron}{norm}.weight", f"{hf}{norm}.weight", (config.hidden_size,))
+    yield from _attention(config, neuron + "self_attn.", hf + "self_attn.")
+    mlp = _moe if config.is_moe_layer(layer) else _dense_mlp
+    yield from mlp(config, neuron + "mlp.", hf + "mlp.")
+
+
+def rank_tensor_names(config: "DeepseekV3InferenceConfig") -> Iterator[str]:
+    """int32 tensors from which a rank of the compiled model learns its number: arange(tp_degree), one value per rank."""
+    yield "rank_util.rank"
+    for layer in range(config.num_hidden_layers):
+        if config.is_moe_layer(layer):
+            yield f"layers.{layer}.mlp.expert_mlps.spmd_rank.rank"
+
+
+def _attention(config: "DeepseekV3InferenceConfig", neuron: str, hf: str) -> Iterator[TensorSpec]:
+    H, N, Q, R = config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
+    D, P, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    down = [("kv_a_proj_with_mqa", R + P)]
+    if Q is None:
+        yield _spec(neuron + "q_proj.weight", hf + "q_proj.weight", (N * (D + P), H), partition_dim=0)
+    else:
+        down.insert(0, ("q_a_proj", Q))
+        yield _spec(neuron + "q_a_layernorm.weight", hf + "q_a_layernorm.weight", (Q,))
+        yield _spec(neuron + "q_b_proj.weight", hf + "q_b_proj.weight", (N * (D + P), Q), partition_dim=0)
+    weights = tuple(Source(f"{hf}{name}.weight", (rows, H)) for name, rows in down)
+    yield TensorSpec(neuron + "qkv_a_proj.weight", weights, partition_dim=0)
+    yield _spec(neuron + "kv_a_layernorm.weight", hf + "kv_a_layernorm.weight", (R,))
+    yield _spec(neuron + "kv_b_proj.weight", hf + "kv_b_proj.weight", (N * (D + V), R), partition_dim=0)
+    yield _spec(neuron + "o_proj.weight", hf + "o_proj.weight", (H, N * V), partition_dim=1)
+    if config.attention_bias:
+        # Added after the outputs of all ranks are together, so every rank holds it whole.
+        yield TensorSpec(neuron + "qkv_a_proj.bias", tuple(Source(f"{hf}{name}.bias", (rows,)) for name, rows in down))
+        yield _spec(neuron + "o_proj.bias", hf + "o_proj.bias", (H,))
+
+
+def _dense_mlp(config: "DeepseekV3InferenceConfig", neuron: str, hf: str) -> Iterator[TensorSpec]:
+    yield from _mlp(neuron, hf, config.hidden_size, config.intermediate_size)
+
+
+def _moe(config: "DeepseekV3InferenceConfig", neuron: str, hf: str) -> Iterator[TensorSpec]:
+    H, I, E = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts  # noqa: E741
+    yield _spec(neuron + "router.linear_router.weight", hf + "gate.weight", (E, H))
+    bias = Source(hf + "gate.e_score_correction_bias", (E,))
+    yield TensorSpec(neuron + "router.e_score_correction_bias", (bias,), float32=True)
+    experts = [f"{hf}experts.{expert}." for expert in range(E)]
+    gate_up = tuple(Source(f"{e}{proj}_proj.weight", (I, H)) for e in experts for proj in ("gate", "up"))
+    down = tuple(Source(f"{e}down_proj.weight", (H, I)) for e in experts)
+    mlp_op = neuron + "expert_mlps.mlp_op."
+    yield TensorSpec(mlp_op + "gate_up_proj.weight", gate_up, Combine.EXPERTS_GATE_UP, partition_dim=2, stride=2)
+    yield TensorSpec(mlp_op + "down_proj.weight", down, Combine.EXPERTS_DOWN, partition_dim=1)
+    if config.n_shared_experts:
+        yield from _mlp(neuron + "shared_experts.", hf + "shared_experts.", H, I * config.n_shared_experts)
+
+
+def _mlp(neuron: str, hf: str, hidden: int, intermediate: int) -> Iterator[TensorSpec]:
+    for proj in ("gate_proj.weight", "up_proj.weight"):
+        yield _spec(neuron + proj, hf + proj, (intermediate, hidden), partition_dim=0)
+    yield _spec(neuron + "down_proj.weight", hf + "down_proj.weight", (hidden, intermediate), partition_dim=1)
+
+
+def _spec(name: str, source: str, shape: tuple[int, ...], partition_dim: int | None = None) -> TensorSpec:
+    return TensorSpec(name, (Source(source, shape),), partition_dim=partition_dim)

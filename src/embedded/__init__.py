@@ -1,0 +1,26 @@
+"""A small runtime with the names of NxD and NxDI that the model uses, in plain PyTorch on CPU or CUDA.
+
+It follows NxDI's contracts (what a layer gets and returns, the masks, the cache layout, the state dict), so that the
+same model classes and the same tests run on both. It is not traced: shapes may depend on data.
+"""
+
+from .config import InferenceConfig, MoENeuronConfig
+from .generation import HuggingFaceGenerationAdapter
+from .model_base import NeuronBaseForCausalLM, NeuronBaseModel
+from .modules import KVCacheManager, rmsnorm_cls
+from .moe import build_moe
+from .parallel_layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+
+__all__ = [
+    "ColumnParallelLinear",
+    "HuggingFaceGenerationAdapter",
+    "InferenceConfig",
+    "KVCacheManager",
+    "MoENeuronConfig",
+    "NeuronBaseForCausalLM",
+    "NeuronBaseModel",
+    "ParallelEmbedding",
+    "RowParallelLinear",
+    "build_moe",
+    "rmsnorm_cls",
+]

@@ -1,0 +1,190 @@
+"""Base model and base causal LM, with the contracts of NxDI's classes of the same names."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..checkpoint.layout import model_layout
+from ..errors import CheckpointError, ConfigError
+from .parallel_state import initialize_model_parallel, tensor_parallel_rank
+from .sharding import shard
+
+
+class NeuronBaseModel(nn.Module):
+    """Decoder stack over a KV cache. A subclass sets its sizes, its modules and its cache manager."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config, self.neuron_config = config, config.neuron_config
+        self.setup_attr_for_model(config)
+        self.init_model(config)
+        self.init_inference_optimization(config)
+
+    def setup_attr_for_model(self, config: Any) -> None:
+        raise NotImplementedError
+
+    def init_model(self, config: Any) -> None:
+        raise NotImplementedError
+
+    def init_inference_optimization(self, config: Any) -> None:
+        """A subclass creates self.kv_mgr here."""
+
+    def _is_context_encoding(self, input_ids: Tensor) -> bool:
+        return input_ids.shape[-1] > 1
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        seq_ids: Tensor | slice,
+        sampling_params: Tensor | None = None,
+    ) -> Tensor:
+        """Logits float32 [B, 1, vocab] of each sequence's last token; updates the cache.
+
+        A prompt is right-padded: input_ids, attention_mask, position_ids [B, S]. Decoding takes one token per sequence,
+        [B, 1], with attention_mask [B, L] over the L cached positions to read.
+        """
+        prefill = self._is_context_encoding(input_ids)
+        length = attention_mask.shape[-1]
+        if prefill:
+            mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()[None, None]
+            cache = None
+        else:
+            mask = attention_mask[:, None, None, :].to(torch.bool)
+            cache = self.kv_mgr.get_cache(length, seq_ids)
+        hidden_states = self.embed_tokens(input_ids)
+        new_key_values, cos, sin = [], None, None
+        for i, layer in enumerate(self.layers):
+            hidden_states, key_value, cos, sin, _ = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_value=None if cache is None else cache[i],
+                cos_cache=cos,
+                sin_cache=sin,
+            )
+            new_key_values.append(key_value)
+        self.kv_mgr.update_cache(prefill, seq_ids, position_ids, new_key_values)
+        hidden_states = self.norm(hidden_states)
+        last = position_ids.argmax(dim=-1)
+        rows = torch.arange(len(last), device=last.device)
+        return self.lm_head(hidden_states[rows, last][:, None]).to(torch.float32)
+
+
+class NeuronBaseForCausalLM(nn.Module):
+    """A model with its weights and the state of its generation.
+
+    Use: build with a checkpoint folder and a config, call `load()`, then `forward` or HuggingFaceGenerationAdapter.
+    """
+
+    _model_cls: type[NeuronBaseModel]
+
+    def __init__(self, model_path: str, config: Any):
+        super().__init__()
+        self.model_path = model_path
+        self.config, self.neuron_config = config, config.neuron_config
+        self.kv_cache_populated = False
+        self.model: NeuronBaseModel | None = None
+
+    def to_cpu(self) -> None:
+        """NxDI's name for loading without a Neuron device."""
+        self.load()
+
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Builds this rank's model on `device` and loads its part of the checkpoint."""
+        device = torch.device(device)
+        tp_degree = self.neuron_config.tp_degree
+        initialize_model_parallel(tp_degree, device)
+        state_dict = self.checkpoint_loader_fn()
+        for spec in model_layout(self.config):
+            state_dict[spec.name] = shard(state_dict[spec.name], spec, tensor_parallel_rank(), tp_degree)
+        model = self._model_cls(self.config)
+        missing, _ = model.load_state_dict(state_dict, strict=False, assign=True)
+        missing = [name for name in missing if not name.startswith("kv_mgr.")]
+        if missing:
+            raise CheckpointError(f"the converted checkpoint lacks {', '.join(missing)}")
+        self.model = model.to(device).eval()
+
+    def checkpoint_loader_fn(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def reset(self) -> None:
+        """Starts over: the next call is a prompt."""
+        self.kv_cache_populated = False
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seq_ids: Tensor | None = None,
+        sampling_params: Tensor | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, 1, vocab] of each sequence's last token.
+
+        A call whose smallest position is 0 is a prompt, any other a decoding step. seq_ids [B] are the cache slots,
+        0..B-1 if not given. Raises ConfigError when a prompt or a sequence is too long, or when slots run out.
+        """
+        if self.model is None:
+            raise ConfigError("the model has no weights yet; call load() first")
+        if position_ids is None:
+            raise ConfigError("forward needs position_ids")
+        self._check_slots(len(input_ids), seq_ids)
+        prefill = position_ids.min().item() == 0
+        if attention_mask is None:
+            attention_mask = _mask_from_positions(position_ids, prefill)
+        pad = self._pad_prompt if prefill else self._pad_decode
+        arguments = [t.to(self.device) for t in pad(input_ids, attention_mask, position_ids)]
+        logits = self.model(*arguments, seq_ids=self._slots(len(input_ids), seq_ids))
+        self.kv_cache_populated = True
+        return CausalLMOutputWithPast(logits=logits)
+
+    def _check_slots(self, batch: int, seq_ids: Tensor | None) -> None:
+        slots = self.neuron_config.kv_cache_batch_size
+        largest = batch - 1 if seq_ids is None else int(seq_ids.max())
+        if largest >= slots:
+            raise ConfigError(f"slot {largest} of {slots} is asked for; raise batch_size in the NeuronConfig")
+
+    def _slots(self, batch: int, seq_ids: Tensor | None) -> Tensor | slice:
+        """A slice where the slots are 0..B-1, since indexing with a tensor copies the cache."""
+        if seq_ids is None or torch.equal(seq_ids.cpu(), torch.arange(batch)):
+            return slice(0, batch)
+        return seq_ids.to(self.device)
+
+    def _pad_prompt(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        length, limit = input_ids.shape[1], self.neuron_config.max_context_length
+        if length > limit:
+            raise ConfigError(f"prompt of {length} tokens exceeds max_context_length {limit}; raise it or shorten it")
+        pad = (0, _bucket(length, self.neuron_config.prompt_buckets()) - length)
+        return F.pad(input_ids, pad, value=self.config.pad_token_id), F.pad(mask, pad), F.pad(positions, pad, value=1)
+
+    def _pad_decode(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        limit = self.neuron_config.max_length
+        if int(positions.max()) >= limit:
+            raise ConfigError(f"the sequence reached seq_len {limit}; raise seq_len in the NeuronConfig")
+        length = _bucket(int(positions.max()) + 1, self.neuron_config.decode_buckets())
+        return input_ids, F.pad(mask, (0, length - mask.shape[1])), positions
+
+
+def _bucket(length: int, buckets: list[int]) -> int:
+    """The smallest bucket that holds `length`; at least 2, as one token would be a decoding step."""
+    for bucket in buckets:
+        if length <= bucket:
+            return max(bucket, 2)
+    raise ConfigError(f"length {length} exceeds the largest bucket {buckets[-1]}; add a larger bucket")
+
+
+def _mask_from_positions(position_ids: Tensor, prefill: bool) -> Tensor:
+    if prefill:
+        return (position_ids >= torch.arange(position_ids.shape[1], device=position_ids.device)).to(torch.int64)
+    return (torch.arange(int(position_ids.max()), device=position_ids.device) < position_ids).to(torch.int64)

@@ -1,0 +1,90 @@
+"""Routed and shared experts. Module and parameter names are those of NxD's MoE."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .parallel_layers import ColumnParallelLinear, RowParallelLinear
+from .parallel_state import all_reduce, tensor_parallel_size
+
+
+class ExpertWeights(nn.Module):
+    """The weights of one projection of all experts, fused: [experts, input, output]."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+class Experts(nn.Module):
+    """SwiGLU experts; the intermediate axis is split over the ranks, [gate | up] side by side on each."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype):
+        super().__init__()
+        width = intermediate_size // tensor_parallel_size()
+        self.gate_up_proj = ExpertWeights((num_experts, hidden_size, 2 * width), dtype)
+        self.down_proj = ExpertWeights((num_experts, width, hidden_size), dtype)
+
+    def forward(self, hidden_states: Tensor, expert: int) -> Tensor:
+        gate, up = (hidden_states @ self.gate_up_proj.weight[expert]).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ self.down_proj.weight[expert]
+
+
+class ExpertMLPs(nn.Module):
+    """Sums each token's chosen experts. Only experts that some token chose are computed, on just those tokens."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype):
+        super().__init__()
+        self.mlp_op = Experts(*shape, dtype=dtype)
+
+    def forward(self, hidden_states: Tensor, expert_affinities: Tensor, expert_index: Tensor) -> Tensor:
+        """hidden_states [T, H], expert_affinities [T, E] final weights, expert_index [T, K]. Returns [T, H]."""
+        output = torch.zeros_like(hidden_states)
+        for expert in expert_index.unique().tolist():
+            tokens = (expert_index == expert).any(dim=-1).nonzero().squeeze(-1)
+            weighted = self.mlp_op(hidden_states[tokens], expert) * expert_affinities[tokens, expert, None]
+            output.index_add_(0, tokens, weighted)
+        return output
+
+
+class SharedExperts(nn.Module):
+    """Experts that every token uses, as one wide SwiGLU; returns this rank's part of the sum."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype):
+        super().__init__()
+        column = {"bias": False, "gather_output": False, "dtype": dtype}
+        self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, **column)
+        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, **column)
+        self.down_proj = RowParallelLinear(
+            intermediate_size, hidden_size, bias=False, dtype=dtype, reduce_output=False
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts; one all-reduce for all of them."""
+
+    def __init__(self, router: nn.Module, expert_mlps: nn.Module, shared_experts: nn.Module | None):
+        super().__init__()
+        self.router, self.expert_mlps, self.shared_experts = router, expert_mlps, shared_experts
+
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor]:
+        """hidden_states [B, S, H]. Returns a tuple, as NxD's MoE does, with the output first."""
+        tokens = hidden_states.flatten(0, 1)
+        _, expert_affinities, expert_index = self.router(hidden_states)
+        output = self.expert_mlps(tokens, expert_affinities, expert_index)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(tokens)
+        return (all_reduce(output).view_as(hidden_states),)
+
+
+def build_moe(config: Any, router: nn.Module) -> MoE:
+    """The MoE module of one layer, with the given router."""
+    dtype, hidden, width = config.neuron_config.torch_dtype, config.hidden_size, config.moe_intermediate_size
+    experts = ExpertMLPs(config.n_routed_experts, hidden, width, dtype=dtype)
+    shared = SharedExperts(hidden, width * config.n_shared_experts, dtype) if config.n_shared_experts else None
+    return MoE(router, experts, shared)

@@ -1,0 +1,74 @@
+"""Multi-head latent attention as pure tensor functions (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+Shape suffixes: B batch, S queries (and new keys), L cached keys, N heads on this rank,
+D qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim, R kv_lora_rank.
+
+Per head, kv_b_proj splits into W_uk [D, R] and W_uv [V, R]; with the normalised latent c and the rotated key part k_pe,
+
+    k = [W_uk c ; k_pe]        v = W_uv c        score = (q_nope . W_uk c + q_pe . k_pe) * scale
+
+Expanded (prefill): build k and v once per key, S*N*(D+V)*R multiplications, and attend with D+P and V wide heads.
+Absorbed (decode):  q_nope . (W_uk c) = (W_uk^T q_nope) . c, so a query is moved into latent space instead, the cached
+latents are read as they are, and W_uv is applied once to the weighted sum.
+Both give the same numbers up to rounding. Softmax runs in float32 whatever the dtype.
+"""
+
+import torch
+from torch import Tensor
+
+
+def expanded_attention(
+    q_nope_BNSD: Tensor,
+    q_pe_BNSP: Tensor,
+    k_nope_BNSD: Tensor,
+    k_pe_B1SP: Tensor,
+    v_BNSV: Tensor,
+    mask: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attention among the tokens of a prompt. mask: bool, broadcastable to [B, N, S, S], True where a key is seen.
+
+    Returns [B, N, S, V].
+    """
+    scores = q_nope_BNSD @ k_nope_BNSD.transpose(-1, -2) + q_pe_BNSP @ k_pe_B1SP.transpose(-1, -2)
+    probs = _softmax(scores, mask, scale)
+    return probs.to(v_BNSV.dtype) @ v_BNSV
+
+
+def absorbed_attention(
+    q_nope_BNSD: Tensor,
+    q_pe_BNSP: Tensor,
+    w_uk_NDR: Tensor,
+    w_uv_NVR: Tensor,
+    cached: tuple[Tensor, Tensor],
+    active: tuple[Tensor, Tensor],
+    cached_mask: Tensor,
+    active_mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Attention of S new tokens over a latent cache and over each other.
+
+    cached, active: (k_pe, latent) of the cached [B, 1, L, P], [B, 1, L, R] and of the new tokens, S long.
+    cached_mask: bool, broadcastable to [B, N, S, L]; active_mask likewise to [B, N, S, S], None for a single new token,
+    which always sees itself. Returns [B, N, S, V].
+    """
+    q_latent_BNSR = q_nope_BNSD @ w_uk_NDR
+
+    def scores(keys: tuple[Tensor, Tensor]) -> Tensor:
+        k_pe, latent = keys
+        return q_latent_BNSR @ latent.transpose(-1, -2) + q_pe_BNSP @ k_pe.transpose(-1, -2)
+
+    cached_scores, active_scores = scores(cached), scores(active)
+    if active_mask is None:
+        active_mask = torch.ones((), dtype=torch.bool, device=active_scores.device)
+    mask = torch.cat((cached_mask.expand_as(cached_scores), active_mask.expand_as(active_scores)), dim=-1)
+    probs = _softmax(torch.cat((cached_scores, active_scores), dim=-1), mask, scale).to(q_latent_BNSR.dtype)
+    length = cached_scores.shape[-1]
+    out_latent_BNSR = probs[..., :length] @ cached[1] + probs[..., length:] @ active[1]
+    return out_latent_BNSR @ w_uv_NVR.transpose(-1, -2)
+
+
+def _softmax(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
+    # The lowest finite number, not -inf: a padded query row that sees no key must not turn into NaN.
+    scores = scores.to(torch.float32) * scale
+    return scores.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1)

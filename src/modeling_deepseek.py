@@ -1,0 +1,346 @@
+"""DeepSeek-V3 for NeuronX Distributed Inference.
+
+Written once against the surface of `backend`: inside NxDI this is the product, without it the same classes run on the
+embedded runtime. Architecture: arXiv:2412.19437, section 2.1; attention: arXiv:2405.04434, section 2.1.
+
+Shape suffixes: B batch, S query length, L cached length, H hidden, N heads on this rank, D qk_nope_head_dim,
+P qk_rope_head_dim, V v_head_dim, R kv_lora_rank, E routed experts, K experts per token, T = B * S.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import backend
+from .checkpoint.convert import StateDictSource, neuron_state_dict
+from .checkpoint.reader import CheckpointReader
+from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
+from .mla import absorbed_attention, expanded_attention
+from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
+from .routing import expert_weights, select_experts
+
+__all__ = [
+    "DeepseekV3Attention",
+    "DeepseekV3DenseMLP",
+    "DeepseekV3InferenceConfig",
+    "DeepseekV3NeuronConfig",
+    "DeepseekV3Router",
+    "LatentKVCacheManager",
+    "NeuronDeepseekV3DecoderLayer",
+    "NeuronDeepseekV3ForCausalLM",
+    "NeuronDeepseekV3Model",
+    "load_pretrained_config",
+]
+
+# The released modeling code builds the norms of the two latents without passing rms_norm_eps, so they use its default,
+# also where config.json says otherwise (Moonlight: 1e-5). Hugging Face does the same.
+LATENT_NORM_EPS = 1e-6
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class LatentKVCacheManager(backend.KVCacheManager):
+    """Cache of multi-head latent attention: one "head" of k_pe [B, 1, L, P] in the K slot and of the normalised latent
+    [B, 1, L, R] in the V slot, the same on every rank."""
+
+    def _init_kv_shape(self, config: DeepseekV3InferenceConfig, layer_to_cache_size_mapping: Any = None) -> None:
+        neuron_config = config.neuron_config
+        self.padded_layer_ids = []
+        slots = (neuron_config.kv_cache_batch_size, 1, neuron_config.max_length)
+        self.k_shape = (*slots, config.qk_rope_head_dim)
+        self.v_shape = (*slots, config.kv_lora_rank)
+
+
+class DeepseekV3Attention(nn.Module):
+    """Multi-head latent attention: expanded for prompts, absorbed over the latent cache for decoding.
+
+    The down-projections of queries and keys are one matrix, split over the ranks by rows; a small gather of the latents
+    follows. Heads are split over the ranks.
+    """
+
+    def __init__(self, config: DeepseekV3InferenceConfig):
+        super().__init__()
+        neuron_config = config.neuron_config
+        self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
+        self.nope_dim, self.rope_dim, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.num_heads = config.num_attention_heads // neuron_config.tp_degree
+        self.softmax_scale = config.softmax_scale
+
+        heads, dtype = config.num_attention_heads, neuron_config.torch_dtype
+        column = {"bias": False, "gather_output": False, "dtype": dtype}
+        norm = backend.rmsnorm_cls()
+        self.qkv_a_proj = backend.ColumnParallelLinear(
+            config.hidden_size, config.latent_size, bias=config.attention_bias, gather_output=True, dtype=dtype
+        )
+        q_size = heads * (self.nope_dim + self.rope_dim)
+        if self.q_lora_rank is None:
+            self.q_proj = backend.ColumnParallelLinear(config.hidden_size, q_size, **column)
+        else:
+            self.q_a_layernorm = norm(self.q_lora_rank, eps=LATENT_NORM_EPS)
+            self.q_b_proj = backend.ColumnParallelLinear(self.q_lora_rank, q_size, **column)
+        self.kv_a_layernorm = norm(self.kv_lora_rank, eps=LATENT_NORM_EPS)
+        self.kv_b_proj = backend.ColumnParallelLinear(
+            self.kv_lora_rank, heads * (self.nope_dim + self.v_dim), **column
+        )
+        self.o_proj = backend.RowParallelLinear(
+            heads * self.v_dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            input_is_parallel=True,
+            dtype=dtype,
+            reduce_dtype=neuron_config.rpl_reduce_dtype,
+        )
+        self.rotary_emb = DeepseekV3RotaryEmbedding(self.rope_dim, *config.rope_theta_and_scaling())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_value: KeyValue | None = None,
+        active_mask: Tensor | None = None,
+        cos_cache: Tensor | None = None,
+        sin_cache: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValue, Tensor, Tensor]:
+        """hidden_states [B, S, H], position_ids [B, S].
+
+        Prompt (past_key_value None): attention_mask bool [B, 1, S, S]. Decoding: (k_pe [B, 1, L, P], latent
+        [B, 1, L, R]) of the cache, attention_mask [B, 1, S, L] over it, active_mask [B, 1, S, S] among the new tokens
+        (None for one). Returns the output, the new tokens' (k_pe, latent), and cos, sin for the next layer.
+        """
+        if cos_cache is None:
+            cos_cache, sin_cache = self.rotary_emb(position_ids)
+        q_nope, q_pe, k_pe, latent = self._project(hidden_states, cos_cache, sin_cache)
+        if past_key_value is None:
+            out_BNSV = self._prefill(q_nope, q_pe, k_pe, latent, attention_mask)
+        else:
+            active = (k_pe, latent)
+            out_BNSV = self._decode(q_nope, q_pe, past_key_value, active, attention_mask, active_mask)
+        output = self.o_proj(out_BNSV.transpose(1, 2).flatten(2))
+        return output, (k_pe, latent), cos_cache, sin_cache
+
+    def _project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q_nope [B, N, S, D], q_pe [B, N, S, P], k_pe [B, 1, S, P], latent [B, 1, S, R]; q_pe and k_pe rotated."""
+        q_rank = self.q_lora_rank or 0
+        q_latent, latent, k_pe = self.qkv_a_proj(hidden_states).split((q_rank, self.kv_lora_rank, self.rope_dim), -1)
+        if self.q_lora_rank is None:
+            q = self.q_proj(hidden_states)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(q_latent))
+        q_BNSd = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q_nope, q_pe = q_BNSd.split((self.nope_dim, self.rope_dim), -1)
+        latent = self.kv_a_layernorm(latent).unsqueeze(1)
+        return q_nope, rotate_interleaved(q_pe, cos, sin), rotate_interleaved(k_pe.unsqueeze(1), cos, sin), latent
+
+    def _prefill(self, q_nope: Tensor, q_pe: Tensor, k_pe: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
+        kv_BNSd = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope, v = kv_BNSd.split((self.nope_dim, self.v_dim), -1)
+        return expanded_attention(q_nope, q_pe, k_nope, k_pe, v, mask, self.softmax_scale)
+
+    def _decode(
+        self, q_nope: Tensor, q_pe: Tensor, cached: KeyValue, active: KeyValue, mask: Tensor, active_mask: Tensor | None
+    ) -> Tensor:
+        w_kv_NdR = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        w_uk, w_uv = w_kv_NdR.split((self.nope_dim, self.v_dim), 1)
+        return absorbed_attention(q_nope, q_pe, w_uk, w_uv, cached, active, mask, active_mask, self.softmax_scale)
+
+
+class DeepseekV3Router(nn.Module):
+    """Group-limited sigmoid router, in float32 from the logits on.
+
+    Has the attributes that NxD's MoE module asks of a router.
+    """
+
+    sequence_parallel_enabled = False
+
+    def __init__(self, config: DeepseekV3InferenceConfig):
+        super().__init__()
+        self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
+        self.hidden_size = config.hidden_size
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.norm_topk_prob, self.routed_scaling_factor = config.norm_topk_prob, config.routed_scaling_factor
+        self.linear_router = nn.Linear(
+            config.hidden_size, config.n_routed_experts, bias=False, dtype=config.neuron_config.torch_dtype
+        )
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_routed_experts), requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden_states [B, S, H]. Returns float32 logits [T, E]; the final mixing weights [T, E], normalised, scaled
+        and zero for experts not chosen, in the dtype of hidden_states; the chosen experts, int64 [T, K]."""
+        tokens_TH = hidden_states.flatten(0, -2)
+        logits_TE = F.linear(tokens_TH.to(torch.float32), self.linear_router.weight.to(torch.float32))
+        scores_TE = logits_TE.sigmoid()
+        index_TK = select_experts(scores_TE, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group)
+        weights_TE = expert_weights(scores_TE, index_TK, self.norm_topk_prob, self.routed_scaling_factor)
+        return logits_TE, weights_TE.to(hidden_states.dtype), index_TK
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepseekV3Router":
+        """Moves and casts like any module, but leaves the correction bias in float32: NxDI casts whole models to
+        bfloat16, whose step near 1 exceeds the differences between the biased scores."""
+        bias = self.e_score_correction_bias
+
+        def keep_bias(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if tensor is bias and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_bias, recurse)
+
+
+class DeepseekV3DenseMLP(nn.Module):
+    """SwiGLU of the first layers, split over the ranks along its intermediate axis."""
+
+    def __init__(self, config: DeepseekV3InferenceConfig):
+        super().__init__()
+        hidden, intermediate, neuron_config = config.hidden_size, config.intermediate_size, config.neuron_config
+        column = {"bias": False, "gather_output": False, "dtype": neuron_config.torch_dtype}
+        self.gate_proj = backend.ColumnParallelLinear(hidden, intermediate, **column)
+        self.up_proj = backend.ColumnParallelLinear(hidden, intermediate, **column)
+        self.down_proj = backend.RowParallelLinear(
+            intermediate,
+            hidden,
+            bias=False,
+            input_is_parallel=True,
+            dtype=neuron_config.torch_dtype,
+            reduce_dtype=neuron_config.rpl_reduce_dtype,
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class NeuronDeepseekV3DecoderLayer(nn.Module):
+    """Attention and dense MLP or experts, each behind a norm and with a residual connection."""
+
+    def __init__(self, config: DeepseekV3InferenceConfig, layer_idx: int):
+        super().__init__()
+        norm = backend.rmsnorm_cls()
+        self.input_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = DeepseekV3Attention(config)
+        self.post_attention_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.is_moe = config.is_moe_layer(layer_idx)
+        self.mlp = backend.build_moe(config, DeepseekV3Router(config)) if self.is_moe else DeepseekV3DenseMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past_key_value: KeyValue | None = None,
+        active_mask: Tensor | None = None,
+        cos_cache: Tensor | None = None,
+        sin_cache: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, KeyValue, Tensor, Tensor, None]:
+        """As DeepseekV3Attention.forward, for the whole layer. The fifth result is NxDI's fused residual: not used."""
+        attention, key_value, cos_cache, sin_cache = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask,
+            position_ids,
+            past_key_value,
+            active_mask,
+            cos_cache,
+            sin_cache,
+        )
+        hidden_states = hidden_states + attention
+        normed = self.post_attention_layernorm(hidden_states)
+        mlp_output = self.mlp(normed, padding_mask)[0] if self.is_moe else self.mlp(normed)
+        return hidden_states + mlp_output, key_value, cos_cache, sin_cache, None
+
+
+class NeuronDeepseekV3Model(backend.NeuronBaseModel):
+    """Embedding, decoder layers, final norm and head, over the latent cache."""
+
+    def setup_attr_for_model(self, config: DeepseekV3InferenceConfig) -> None:
+        neuron_config = config.neuron_config
+        self.on_device_sampling = neuron_config.on_device_sampling_config is not None
+        self.tp_degree = neuron_config.tp_degree
+        self.hidden_size = config.hidden_size
+        self.num_attention_heads = config.num_attention_heads
+        self.num_key_value_heads = 1  # the latent
+        self.max_batch_size = neuron_config.max_batch_size
+        self.buckets = getattr(neuron_config, "buckets", None)
+
+    def init_model(self, config: DeepseekV3InferenceConfig) -> None:
+        dtype = config.neuron_config.torch_dtype
+        self.embed_tokens = backend.ParallelEmbedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id, dtype=dtype, shard_across_embedding=True
+        )
+        self.layers = nn.ModuleList(
+            NeuronDeepseekV3DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = backend.rmsnorm_cls()(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = backend.ColumnParallelLinear(
+            config.hidden_size, config.vocab_size, bias=False, gather_output=not self.on_device_sampling, dtype=dtype
+        )
+
+    def init_inference_optimization(self, config: DeepseekV3InferenceConfig) -> None:
+        super().init_inference_optimization(config)
+        self.kv_mgr = LatentKVCacheManager(config, num_kv_head=self.num_key_value_heads)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's, with padding at position -1 in prompts.
+
+        NxDI puts padding at position 1 and reads the logits at the largest position: of a one-token prompt that is the
+        padding.
+        """
+        if self._is_context_encoding(input_ids):
+            position_ids = torch.where(attention_mask.to(torch.bool), position_ids, -1)
+        return super().forward(input_ids, attention_mask, position_ids, *args, **kwargs)
+
+
+class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
+    """The causal LM that NxDI compiles, loads and runs."""
+
+    _model_cls = NeuronDeepseekV3Model
+
+    @classmethod
+    def get_config_cls(cls) -> type[DeepseekV3InferenceConfig]:
+        return DeepseekV3InferenceConfig
+
+    @classmethod
+    def get_state_dict(cls, model_name_or_path: str, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
+        """The model's unsharded state dict, read from a checkpoint folder one tensor at a time."""
+        return neuron_state_dict(CheckpointReader(model_name_or_path), config)
+
+    @staticmethod
+    def convert_hf_to_neuron_state_dict(
+        state_dict: dict[str, Tensor], config: DeepseekV3InferenceConfig
+    ) -> dict[str, Tensor]:
+        """The same from a Hugging Face state dict in memory, with or without the `model.` prefix.
+
+        FP8 blocks are dequantized to torch_dtype, q_a and kv_a are joined, experts fused to [E, H, 2I] and [E, I, H],
+        the router's bias stays float32, rank tensors are added, MTP layers left out. Raises CheckpointError.
+        """
+        return neuron_state_dict(StateDictSource(state_dict), config)
+
+    def checkpoint_loader_fn(self, mmap: bool = False) -> dict[str, Tensor]:
+        """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
+        path = getattr(self.config, "_name_or_path", None)
+        return self.get_state_dict(path if path and os.path.isdir(path) else self.model_path, self.config)
+
+    @staticmethod
+    def update_state_dict_for_tied_weights(state_dict: dict[str, Tensor]) -> None:
+        """Nothing to do: the layout gives a tied head the embedding's weight."""
+
+    def get_compiler_args(self) -> str:
+        """neuronx-cc options: a transformer for trn2, numbers left in the dtype that the model gives them."""
+        neuron_config = self.neuron_config
+        options = [
+            "--model-type=transformer",
+            "-O1",
+            "--auto-cast=none",
+            "--enable-saturate-infinity",
+            "--enable-mixed-precision-accumulation",
+            f"--lnc={neuron_config.logical_nc_config}",
+            f"--tensorizer-options='--enable-ccop-compute-overlap "
+            f"--cc-pipeline-tiling-factor={neuron_config.cc_pipeline_tiling_factor}'",
+            "--internal-enable-dge-levels vector_dynamic_offsets",
+        ]
+        if neuron_config.scratchpad_page_size:
+            options.append(f"--hbm-scratchpad-page-size={neuron_config.scratchpad_page_size}")
+        return " ".join(options)

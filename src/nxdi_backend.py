@@ -1,0 +1,50 @@
+"""The surface of the seam on real NxD and NxDI."""
+
+import copy
+from typing import Any
+
+from neuronx_distributed.parallel_layers.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from neuronx_distributed.utils import cpu_mode
+from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
+from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
+from neuronx_distributed_inference.modules.custom_calls import CustomRMSNorm
+from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
+from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
+from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter
+from torch import nn
+
+from .embedded.modules import RMSNorm
+
+__all__ = [
+    "ColumnParallelLinear",
+    "HuggingFaceGenerationAdapter",
+    "InferenceConfig",
+    "KVCacheManager",
+    "MoENeuronConfig",
+    "NeuronBaseForCausalLM",
+    "NeuronBaseModel",
+    "ParallelEmbedding",
+    "RowParallelLinear",
+    "build_moe",
+    "rmsnorm_cls",
+]
+
+
+def rmsnorm_cls() -> type[nn.Module]:
+    """NxDI's norm is a Neuron custom call, which its CPU mode cannot run."""
+    return RMSNorm if cpu_mode() else CustomRMSNorm
+
+
+def build_moe(config: Any, router: nn.Module) -> nn.Module:
+    """NxD's MoE module for routed and shared experts, with `router` in the place of its own.
+
+    The router returns final mixing weights, so NxD must not normalise them again.
+    """
+    moe_config = copy.copy(config)
+    moe_config.neuron_config = copy.copy(config.neuron_config)
+    moe_config.neuron_config.normalize_top_k_affinities = False
+    moe_config.num_local_experts = config.n_routed_experts
+    moe_config.intermediate_size = config.moe_intermediate_size
+    moe = initialize_moe_module(moe_config)
+    moe.router = router
+    return moe

@@ -1,0 +1,28 @@
+"""The reference: Hugging Face's own DeepseekV3ForCausalLM on the dequantized weights, in float32."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from .checkpoint.convert import dequantized_state_dict
+from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config, read_config_json
+
+
+def hugging_face_model(model_dir: str | Path) -> DeepseekV3ForCausalLM:
+    """Loads a checkpoint folder, FP8 or not, into transformers' class in float32 with eager attention."""
+    config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), load_config=load_pretrained_config(model_dir))
+    fields = read_config_json(model_dir)
+    for name in ("quantization_config", "auto_map", "torch_dtype", "dtype", "model_type"):
+        fields.pop(name, None)
+    hf_config = DeepseekV3Config(**fields, attn_implementation="eager")
+    state_dict = dequantized_state_dict(model_dir, config)
+    model = DeepseekV3ForCausalLM.from_pretrained(None, config=hf_config, state_dict=state_dict, dtype=torch.float32)
+    return model.eval()
+
+
+@torch.no_grad()
+def reference_logits(model: DeepseekV3ForCausalLM, token_ids: list[int]) -> Tensor:
+    """Logits float32 [S, vocab] after each token of one sequence, unpadded and uncached."""
+    return model(torch.tensor([token_ids]), use_cache=False).logits[0].to(torch.float32)

@@ -1,0 +1,43 @@
+"""Expert selection as pure tensor functions (DeepSeek-V3, arXiv:2412.19437, sections 2.1.2 and 4.2; `noaux_tc`).
+
+Shape suffixes: T tokens, E routed experts, G groups, K experts per token. Everything here is float32: two experts whose
+scores differ by less than a bfloat16 step are common, and picking the wrong one changes the output.
+"""
+
+import torch
+from torch import Tensor
+
+
+def select_experts(
+    scores_TE: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+) -> Tensor:
+    """Indices int64 [T, K] of the experts that each token uses, best first.
+
+    scores_TE: float32 affinities. bias_E: float32 load-balancing correction; it takes part in the choice only.
+    The experts form `n_group` groups of neighbours; a group is rated by the sum of its two best biased scores, and only
+    the best `topk_group` groups may give experts. Experts of other groups are ruled out with -inf, so that a negative
+    biased score in a chosen group still wins over them.
+    """
+    choice_TE = scores_TE + bias_E
+    if n_group > 1:
+        choice_TGe = choice_TE.unflatten(-1, (n_group, -1))
+        group_scores_TG = choice_TGe.topk(2, dim=-1).values.sum(dim=-1)
+        chosen = group_scores_TG.topk(topk_group, dim=-1).indices
+        ruled_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(-1, chosen, False)
+        choice_TE = choice_TGe.masked_fill(ruled_out_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+    return choice_TE.topk(top_k, dim=-1).indices
+
+
+def expert_weights(scores_TE: Tensor, expert_index_TK: Tensor, normalize: bool, scaling_factor: float) -> Tensor:
+    """Mixing weights, float32 [T, E]: the unbiased scores of the chosen experts, zero elsewhere.
+
+    normalize: divide by their sum (`norm_topk_prob`). scaling_factor: `routed_scaling_factor`.
+    """
+    weights_TK = scores_TE.gather(-1, expert_index_TK)
+    if normalize:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return torch.zeros_like(scores_TE).scatter(-1, expert_index_TK, weights_TK * scaling_factor)
