@@ -135,16 +135,17 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
             if value not in allowed:
                 raise ConfigError(f"config.json: {field} {value!r} is not supported; supported: {', '.join(allowed)}")
         if self.n_routed_experts % self.n_group:
-            raise ConfigError(f"config.json: n_routed_experts {self.n_routed_experts} do not fill n_group {self.n_group}")
+            raise ConfigError(f"config.json: n_group {self.n_group} does not divide {self.n_routed_experts} experts")
         per_group = self.n_routed_experts // self.n_group
         if self.n_group > 1 and per_group < 2:
-            raise ConfigError(f"config.json: n_group {self.n_group} leaves {per_group} expert per group; 2 are needed")
+            raise ConfigError(f"config.json: n_group {self.n_group} leaves one expert per group; 2 are needed")
         if not 0 < self.topk_group <= self.n_group:
-            raise ConfigError(f"config.json: topk_group {self.topk_group} must lie between 1 and n_group {self.n_group}")
-        if not 0 < self.num_experts_per_tok <= self.topk_group * per_group:
+            raise ConfigError(f"config.json: topk_group {self.topk_group} is not in 1..n_group {self.n_group}")
+        eligible = self.topk_group * per_group
+        if not 0 < self.num_experts_per_tok <= eligible:
             raise ConfigError(
-                f"config.json: num_experts_per_tok {self.num_experts_per_tok} exceeds the {self.topk_group * per_group} "
-                "experts that topk_group leaves to choose from"
+                f"config.json: num_experts_per_tok {self.num_experts_per_tok} is not in 1..{eligible}, the experts "
+                "that topk_group leaves to choose from"
             )
         self.rope_theta_and_scaling()
 

@@ -83,9 +83,7 @@ class DeepseekV3Attention(nn.Module):
             self.q_a_layernorm = norm(self.q_lora_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = backend.ColumnParallelLinear(self.q_lora_rank, q_size, **column)
         self.kv_a_layernorm = norm(self.kv_lora_rank, eps=LATENT_NORM_EPS)
-        self.kv_b_proj = backend.ColumnParallelLinear(
-            self.kv_lora_rank, heads * (self.nope_dim + self.v_dim), **column
-        )
+        self.kv_b_proj = backend.ColumnParallelLinear(self.kv_lora_rank, heads * (self.nope_dim + self.v_dim), **column)
         self.o_proj = backend.RowParallelLinear(
             heads * self.v_dim,
             config.hidden_size,
@@ -127,10 +125,7 @@ class DeepseekV3Attention(nn.Module):
         """q_nope [B, N, S, D], q_pe [B, N, S, P], k_pe [B, 1, S, P], latent [B, 1, S, R]; q_pe and k_pe rotated."""
         q_rank = self.q_lora_rank or 0
         q_latent, latent, k_pe = self.qkv_a_proj(hidden_states).split((q_rank, self.kv_lora_rank, self.rope_dim), -1)
-        if self.q_lora_rank is None:
-            q = self.q_proj(hidden_states)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(q_latent))
+        q = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
         q_BNSd = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         q_nope, q_pe = q_BNSd.split((self.nope_dim, self.rope_dim), -1)
         latent = self.kv_a_layernorm(latent).unsqueeze(1)
@@ -282,7 +277,7 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         super().init_inference_optimization(config)
         self.kv_mgr = LatentKVCacheManager(config, num_kv_head=self.num_key_value_heads)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *args: Any, **kw: Any) -> Any:
         """As the base model's, with padding at position -1 in prompts.
 
         NxDI puts padding at position 1 and reads the logits at the largest position: of a one-token prompt that is the
@@ -290,7 +285,7 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         """
         if self._is_context_encoding(input_ids):
             position_ids = torch.where(attention_mask.to(torch.bool), position_ids, -1)
-        return super().forward(input_ids, attention_mask, position_ids, *args, **kwargs)
+        return super().forward(input_ids, attention_mask, position_ids, *args, **kw)
 
 
 class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):

@@ -86,7 +86,7 @@ def layer_layout(config: "DeepseekV3InferenceConfig", layer: int) -> Iterator[Te
 
 
 def rank_tensor_names(config: "DeepseekV3InferenceConfig") -> Iterator[str]:
-    """int32 tensors from which a rank of the compiled model learns its number: arange(tp_degree), one value per rank."""
+    """int32 tensors from which a rank of the compiled model learns its number: arange(tp_degree), a value per rank."""
     yield "rank_util.rank"
     for layer in range(config.num_hidden_layers):
         if config.is_moe_layer(layer):

@@ -57,9 +57,7 @@ class SharedExperts(nn.Module):
         column = {"bias": False, "gather_output": False, "dtype": dtype}
         self.gate_proj = ColumnParallelLinear(hidden_size, intermediate_size, **column)
         self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, **column)
-        self.down_proj = RowParallelLinear(
-            intermediate_size, hidden_size, bias=False, dtype=dtype, reduce_output=False
-        )
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, bias=False, dtype=dtype, reduce_output=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

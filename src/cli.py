@@ -1,0 +1,38 @@
+"""Command line `nxdi-deepseek`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .errors import DeepseekError
+
+# Subcommand -> its module in `commands` and its line in --help. Modules are imported when their command runs.
+COMMANDS = {
+    "demo": ("demo", "write a small checkpoint, generate from it, compare every logit with Hugging Face"),
+    "generate": ("generate", "complete prompts with a checkpoint folder"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand. A user's mistake becomes one line on stderr and exit status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="nxdi-deepseek", description="DeepSeek-V3 on NeuronX Distributed Inference")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, summary) in COMMANDS.items():
+        subparsers.add_parser(name, help=summary, add_help=False)
+    command = parser.parse_args(argv[:1]).command
+    module = importlib.import_module(f".commands.{COMMANDS[command][0]}", __package__)
+    command_parser = argparse.ArgumentParser(prog=f"nxdi-deepseek {command}", description=COMMANDS[command][1])
+    module.add_arguments(command_parser)
+    try:
+        return module.run(command_parser.parse_args(argv[1:]))
+    except DeepseekError as error:
+        print(f"nxdi-deepseek {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
