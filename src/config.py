@@ -102,7 +102,6 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
             "output_hidden_states": False,
             "pad_token_id": 0,
             "q_lora_rank": None,
-            "quantization_config": None,
             "routed_scaling_factor": 1.0,
             "scoring_func": "sigmoid",
             "tie_word_embeddings": False,

@@ -313,6 +313,24 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """
         return neuron_state_dict(StateDictSource(state_dict), config)
 
+    def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
+        """As the base class's, for cache slots in any order.
+
+        NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says.
+        """
+        if seq_ids is None or (seq_ids.diff() > 0).all():
+            return super().forward(input_ids=input_ids, seq_ids=seq_ids, **inputs)
+        order = seq_ids.argsort()
+
+        def reorder(value: Any, by: Tensor) -> Any:
+            return value[by] if isinstance(value, Tensor) and len(value) == len(by) else value
+
+        inputs = {name: reorder(value, order) for name, value in inputs.items()}
+        output = super().forward(input_ids=input_ids[order], seq_ids=seq_ids[order], **inputs)
+        for name, value in output.items():
+            output[name] = reorder(value, order.argsort())
+        return output
+
     def checkpoint_loader_fn(self, mmap: bool = False) -> dict[str, Tensor]:
         """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
         path = getattr(self.config, "_name_or_path", None)

@@ -132,4 +132,4 @@ def _random(source: Source, generator: torch.Generator) -> Tensor:
         return noise * 0.1
     if len(source.shape) == 1:
         return 1 + noise * 0.1
-    return noise if "embed_tokens" in source.name else noise * 1.4 / source.shape[1] ** 0.5
+    return noise * (0.3 if "embed_tokens" in source.name else 1.4 / source.shape[1] ** 0.5)

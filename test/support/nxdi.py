@@ -116,22 +116,24 @@ def follow_buckets(model):
         module.register_forward_pre_hook(set_n_positions)
 
 
-def run_parallel(function, tp_degree, *args):
+def run_parallel(function, tp_degree, *args, initialize=init_cpu_parallel):
     """Call function(*args) on every rank of a new group of processes; returns the ranks' results in order.
+
+    initialize(tp_degree, init_method) joins the process group; by default it sets up NxDI.
 
     `function` stands at the top level of a file, such as a test module; arguments and results can be pickled.
     """
     # Named by file: pytest may know the test module by a name that the new processes cannot import.
     worker = (inspect.getsourcefile(function), function.__name__)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_rank, (worker, tp_degree, folder, args), nprocs=tp_degree)
+        torch.multiprocessing.spawn(_run_rank, (worker, initialize, tp_degree, folder, args), nprocs=tp_degree)
         return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(tp_degree)]
 
 
-def _run_rank(rank, worker, tp_degree, folder, args):
+def _run_rank(rank, worker, initialize, tp_degree, folder, args):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp_degree))
-    init_cpu_parallel(tp_degree, init_method=f"file://{folder}/rendezvous")
+    initialize(tp_degree, init_method=f"file://{folder}/rendezvous")
     torch.save(_load_function(*worker)(*args), _result_path(folder, rank))
     # A rank that leaves early takes its peers' connections with it.
     torch.distributed.barrier()
