@@ -50,10 +50,8 @@ if NAME == "nxdi":
             rmsnorm_cls,
         )
     except ImportError as error:
-        if not (error.name or "").startswith("neuronx_distributed"):
-            raise
         raise ConfigError(
-            f"{_NXDI} {_nxdi_version()} lacks what this model needs ({error}); install the Neuron SDK 2.29 or newer, "
+            f"{_NXDI} {_nxdi_version()} cannot be used ({error}); install the Neuron SDK 2.29 or newer, "
             f"or set {BACKEND_VARIABLE}=embedded"
         ) from error
 else:

@@ -52,6 +52,35 @@ CONFIGS = {
 }
 
 
+# The sizes of the released 671B model.
+RELEASED = DEMO_CONFIG | {
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_scaling": YARN | {"original_max_position_embeddings": 4096},
+    "topk_group": 4,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
+
+def make_config(fields, **neuron):
+    """The config of a model that has no checkpoint."""
+    neuron = {"seq_len": 128, "torch_dtype": torch.float32} | neuron
+    return DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(**neuron), **fields)
+
+
 def load_config(model_dir, **neuron):
     neuron = {"seq_len": 128, "torch_dtype": torch.float32} | neuron
     return DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(**neuron), load_config=load_pretrained_config(model_dir))

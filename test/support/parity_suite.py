@@ -3,11 +3,14 @@
 import pytest
 import torch
 from nxdi_deepseek import backend
+from nxdi_deepseek.modeling_deepseek import DeepseekV3Attention, LatentKVCacheManager
 from nxdi_deepseek.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from support import models, nxdi
-from support.models import CONFIGS, V3, Session, greedy, load_model, random_prompts
+from support.models import CONFIGS, RELEASED, V3, Session, greedy, load_model, make_config, random_prompts
 
 # The bound asked for. float32 rounding alone (two evaluations that sum in different orders, hidden sizes of 100 to 200,
 # 3 to 5 layers whose norms and softmaxes amplify it) was seen to reach a quarter of it.
@@ -182,6 +185,65 @@ def test_bfloat16_model_keeps_the_correction_bias_in_float32(checkpoint):
         assert bias.dtype == torch.float32
         assert torch.equal(bias, expected)
         assert not torch.equal(bias.bfloat16().float(), expected)
+
+
+def test_bfloat16_model_selects_experts_in_float32(checkpoint, tmp_path):
+    """Biases that bfloat16 cannot tell apart decide the choice; Hugging Face's float32 gate is the judge."""
+    model_dir = checkpoint(V3)
+    generator = torch.Generator().manual_seed(0)
+    bias = 4 + 1e-3 * torch.randperm(V3["n_routed_experts"], generator=generator)
+    assert len(bias.bfloat16().unique()) == 1  # steps of 2^-5 from 4 to 8
+    (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
+    tensors = {}
+    for shard in sorted(model_dir.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    for name in tensors:
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] = bias.clone()
+        elif name.endswith("mlp.gate.weight"):
+            tensors[name] = (tensors[name] * 1e-3).bfloat16()  # all scores within 0.5 +- 0.001
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    model = load_model(tmp_path, batch_size=2, torch_dtype=torch.bfloat16)
+    reference = hugging_face_model(tmp_path)
+    module = model.model if backend.NAME == "embedded" else model.token_generation_model.model
+    seen = []
+    for layer in range(V3["first_k_dense_replace"], V3["num_hidden_layers"]):
+        gate = reference.model.layers[layer].mlp.gate
+        router = module.layers[layer].mlp.router
+        router.register_forward_hook(lambda _, args, output, gate=gate: seen.append((args[0], output[2], gate)))
+    session = Session(model)
+    session.decode(session.prefill(random_prompts((11, 6))).argmax(-1).tolist())
+
+    assert len(seen) == 2 * 2  # prompt and decoding step, two layers
+    for hidden_states, chosen, gate in seen:
+        assert hidden_states.dtype == torch.bfloat16
+        (expected,) = (tensor for tensor in gate(hidden_states) if not tensor.is_floating_point())
+        assert torch.equal(chosen.sort(-1).values, expected.sort(-1).values)
+
+
+def test_cache_takes_70272_bytes_per_token_at_the_released_sizes():
+    config = make_config(RELEASED, seq_len=16, torch_dtype=torch.bfloat16)
+    if backend.NAME == "nxdi":
+        nxdi.init_cpu_parallel()
+    with torch.device("meta"):
+        cache = LatentKVCacheManager(config, num_kv_head=1)
+    assert sum(tensor.nbytes for tensor in cache.past_key_values) == 16 * 61 * (64 + 512) * 2 == 16 * 70272
+
+
+def test_prefill_costs_192_and_128_wide_heads_at_the_released_sizes():
+    """Counted on the meta device: projections, and 128 heads that are 192 and 128 wide, not 576 and 512."""
+    config, tokens = make_config(RELEASED), 512
+    if backend.NAME == "nxdi":
+        nxdi.init_cpu_parallel()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        attention = DeepseekV3Attention(config)
+        hidden_states = torch.empty(1, tokens, 7168)
+        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool)
+        attention(hidden_states, mask, torch.zeros(1, tokens, dtype=torch.int64))
+    down, up = 7168 * (1536 + 512 + 64), 1536 * 128 * 192 + 512 * 128 * (128 + 128)
+    projections = down + up + 128 * 128 * 7168
+    assert counter.get_total_flops() == 2 * tokens * (projections + 128 * tokens * (192 + 128))
 
 
 def test_state_dict_has_exactly_the_tensors_of_the_model(checkpoint):

@@ -1,0 +1,55 @@
+"""Expert selection and weights against Hugging Face's gate."""
+
+import pytest
+import torch
+from nxdi_deepseek.modeling_deepseek import DeepseekV3Router
+from nxdi_deepseek.routing import expert_weights, select_experts
+from support.models import V3, make_config
+from transformers import DeepseekV3Config
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+ROUTINGS = {
+    "released": {"n_routed_experts": 256, "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8},
+    "one group": {"n_routed_experts": 48, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 6},
+    "not normalised": {"n_routed_experts": 32, "n_group": 4, "topk_group": 1, "norm_topk_prob": False},
+    "all groups": {"n_routed_experts": 16, "n_group": 4, "topk_group": 4, "num_experts_per_tok": 3},
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_router_equals_hugging_face(name, seed):
+    fields = V3 | ROUTINGS[name]
+    generator = torch.Generator().manual_seed(seed)
+    gate = DeepseekV3TopkRouter(DeepseekV3Config(**{k: v for k, v in fields.items() if k != "model_type"}))
+    gate.weight.data = torch.randn(gate.weight.shape, generator=generator) / 10
+    # From 0 on: below it Hugging Face's gate may pick experts of groups that it ruled out.
+    gate.e_score_correction_bias.data = torch.rand(len(gate.weight), generator=generator) / 10
+    router = DeepseekV3Router(make_config(fields))
+    router.linear_router.weight.data = gate.weight.data
+    router.e_score_correction_bias.data = gate.e_score_correction_bias.data
+
+    hidden_states = torch.randn(2, 50, fields["hidden_size"], generator=generator)
+    _, weights, chosen = router(hidden_states)
+    outputs = gate(hidden_states)[-2:]
+    (expected_chosen,) = (t for t in outputs if not t.is_floating_point())
+    (expected_weights,) = (t for t in outputs if t.is_floating_point())
+    expected = torch.zeros_like(weights).scatter(-1, expected_chosen, expected_weights)
+    assert torch.equal(chosen.sort(-1).values, expected_chosen.sort(-1).values)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_ruled_out_groups_lose_even_to_negative_scores():
+    """With 0 instead of -inf there, an expert of a ruled-out group would beat the negative one of the chosen group."""
+    scores = torch.tensor([[0.9, 0.1, 0.3, 0.2]])
+    bias = torch.tensor([0.0, -0.5, -0.25, -0.25])
+    assert select_experts(scores, bias, top_k=2, n_group=2, topk_group=1).tolist() == [[0, 1]]
+
+
+def test_bias_selects_but_does_not_weigh():
+    scores = torch.tensor([[0.5, 0.4, 0.3, 0.2]])
+    bias = torch.tensor([-1.0, 0.0, 0.0, 1.0])
+    chosen = select_experts(scores, bias, top_k=2, n_group=1, topk_group=1)
+    assert chosen.tolist() == [[3, 1]]
+    weights = expert_weights(scores, chosen, normalize=True, scaling_factor=3.0)
+    torch.testing.assert_close(weights, torch.tensor([[0.0, 2.0, 0.0, 1.0]]))
