@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from .errors import DeepseekError
 
@@ -11,6 +12,7 @@ from .errors import DeepseekError
 COMMANDS = {
     "demo": ("demo", "write a small checkpoint, generate from it, compare every logit with Hugging Face"),
     "generate": ("generate", "complete prompts with a checkpoint folder"),
+    "inference-demo": ("inference_demo", "NxDI's inference_demo, with this model; takes all of its arguments"),
 }
 
 
@@ -23,15 +25,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparsers.add_parser(name, help=summary, add_help=False)
     command = parser.parse_args(argv[:1]).command
     module = importlib.import_module(f".commands.{COMMANDS[command][0]}", __package__)
-    command_parser = argparse.ArgumentParser(prog=f"nxdi-deepseek {command}", description=COMMANDS[command][1])
-    module.add_arguments(command_parser)
     try:
-        return module.run(command_parser.parse_args(argv[1:]))
+        return _run(module, command, argv[1:])
     except DeepseekError as error:
         print(f"nxdi-deepseek {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _run(module: ModuleType, command: str, argv: list[str]) -> int:
+    if hasattr(module, "run_with_own_parser"):
+        return module.run_with_own_parser(argv)
+    parser = argparse.ArgumentParser(prog=f"nxdi-deepseek {command}", description=COMMANDS[command][1])
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Configuration of the DeepSeek-V3 family: Hugging Face's config.json plus NxDI's NeuronConfig."""
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ SUPPORTED_MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 # NeuronConfig fields that this model does not implement: the only value that works, and what to do about it.
 _UNSUPPORTED = {
     "padding_side": ("right", "pad prompts on the right"),
+    # These two ahead of the block layout that they bring along.
+    "is_prefix_caching": (False, "turn prefix caching off (vLLM: --no-enable-prefix-caching)"),
+    "is_chunked_prefill": (False, "turn chunked prefill off; leave chunked_prefill_config unset"),
     "is_block_kv_layout": (False, "the latent cache is not paged; leave it off"),
-    "is_prefix_caching": (False, "turn prefix caching off (vLLM: enable_prefix_caching=False)"),
-    "is_chunked_prefill": (False, "turn chunked prefill off"),
     "flash_decoding_enabled": (False, "the latent cache is not sharded; leave it off"),
     "cp_degree": (1, "context parallelism is not implemented"),
     "attention_dp_degree": (1, "attention data parallelism is not implemented"),
@@ -53,8 +55,29 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("blockwise_matmul_config", {"use_shard_on_block_dynamic_while": True})
-        super().__init__(**kwargs)
+        kwargs.setdefault(
+            "blockwise_matmul_config",
+            {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG"},
+        )
+        super().__init__(**_from_saved(kwargs))
+
+
+def _from_saved(fields: dict[str, Any]) -> dict[str, Any]:
+    """What NxDI's constructors take, where its neuron_config.json holds something else."""
+    fields = {name: _restore_enums(value) for name, value in fields.items()}
+    if "normalize_top_k_affinities" in fields:
+        fields["disable_normalize_top_k_affinities"] = not fields.pop("normalize_top_k_affinities")
+    return fields
+
+
+def _restore_enums(value: Any) -> Any:
+    """NxDI writes an enum's member as the dict of its attributes, and does not read it back."""
+    if not isinstance(value, dict):
+        return value
+    if "_name_" in value:
+        owner = value["__objclass__"]
+        return getattr(importlib.import_module(owner["__module__"]), owner["__name__"])[value["_name_"]]
+    return {name: _restore_enums(item) for name, item in value.items()}
 
 
 class DeepseekV3InferenceConfig(backend.InferenceConfig):
@@ -168,10 +191,22 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
             value = getattr(neuron_config, field, works)
             if value != works and (value or works):
                 raise ConfigError(f"neuron_config: {field}={value!r} is not supported; {remedy}")
-        if neuron_config.kv_cache_batch_size != neuron_config.tkg_batch_size:
+        for field in ("kv_cache_batch_size", "max_batch_size"):
+            value, slots = getattr(neuron_config, field), neuron_config.tkg_batch_size
+            if value != slots:
+                raise ConfigError(f"neuron_config: {field} {value} is not tkg_batch_size {slots}; make them equal")
+        if getattr(neuron_config, "output_logits", False) and not neuron_config.on_device_sampling_config:
+            raise ConfigError("neuron_config: output_logits needs on_device_sampling_config; logits come without it")
+        if neuron_config.enable_bucketing:
+            self._validate_buckets("context_encoding_buckets", "max_context_length")
+            self._validate_buckets("token_generation_buckets", "max_length")
+
+    def _validate_buckets(self, field: str, longest_field: str) -> None:
+        """The largest bucket must hold what the model promises to take, else it fails in the middle of serving."""
+        buckets, longest = getattr(self.neuron_config, field), getattr(self.neuron_config, longest_field)
+        if buckets and max(buckets) != longest:
             raise ConfigError(
-                f"neuron_config: kv_cache_batch_size {neuron_config.kv_cache_batch_size} differs from tkg_batch_size "
-                f"{neuron_config.tkg_batch_size}; make them equal"
+                f"neuron_config: {field} end at {max(buckets)}, {longest_field} is {longest}; add a bucket of {longest}"
             )
 
     def is_moe_layer(self, layer: int) -> bool:

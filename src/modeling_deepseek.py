@@ -19,6 +19,7 @@ from . import backend
 from .checkpoint.convert import StateDictSource, neuron_state_dict
 from .checkpoint.reader import CheckpointReader
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
+from .errors import ConfigError
 from .mla import absorbed_attention, expanded_attention
 from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
 from .routing import expert_weights, select_experts
@@ -331,6 +332,54 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
             output[name] = reorder(value, order.argsort())
         return output
 
+    def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
+        """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later."""
+        if self._runs_on_neuron():
+            super().compile(compiled_model_path, *args, **kwargs)
+        else:
+            self.config.save(compiled_model_path)
+
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        """As NxDI's; with `on_cpu` in the NeuronConfig, NxDI's CPU mode."""
+        if backend.NAME == "nxdi" and not self._runs_on_neuron():
+            self.to_cpu()
+        else:
+            super().load(*args, **kwargs)
+
+    def to_cpu(self) -> None:
+        """As NxDI's CPU mode, with buckets, which need a model that knows the length of each."""
+        if backend.NAME == "nxdi" and "WORLD_SIZE" not in os.environ:
+            self._check_processes()
+        super().to_cpu()
+        for model in {wrapper.model for wrapper in getattr(self, "models", ())}:
+            model.register_forward_pre_hook(_follow_bucket)
+
+    def _runs_on_neuron(self) -> bool:
+        return backend.NAME == "nxdi" and not self.neuron_config.on_cpu
+
+    def _check_processes(self) -> None:
+        """NxD would quietly take the number of processes for the tensor-parallel degree."""
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        tp_degree = self.neuron_config.tp_degree
+        if processes != tp_degree:
+            raise ConfigError(
+                f"neuron_config: tp_degree {tp_degree} needs as many processes on the CPU, and this runs in {processes}; "
+                f"set tp_degree to {processes}, or use torchrun"
+            )
+
+    @classmethod
+    def save_quantized_state_dict(cls, model_path: str, config: DeepseekV3InferenceConfig) -> None:
+        """Refuses, where NxDI's own would load the Hugging Face model into memory and quantize it there."""
+        raise ConfigError("neuron_config: quantized=True is not supported; FP8 weights are dequantized while loading")
+
+    @staticmethod
+    def load_hf_model(model_path: str) -> nn.Module:
+        """Hugging Face's model in float32, the judge of NxDI's accuracy checks. Raises ConfigError where it is too
+        large for this machine."""
+        from .reference import hugging_face_model
+
+        return hugging_face_model(model_path)
+
     def checkpoint_loader_fn(self, mmap: bool = False) -> dict[str, Tensor]:
         """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
         path = getattr(self.config, "_name_or_path", None)
@@ -357,3 +406,8 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         if neuron_config.scratchpad_page_size:
             options.append(f"--hbm-scratchpad-page-size={neuron_config.scratchpad_page_size}")
         return " ".join(options)
+
+
+def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:
+    """Tracing sets n_positions to each bucket's length; NxDI's CPU mode leaves it at seq_len."""
+    model.n_positions = args[1].shape[1]  # the attention mask

@@ -1,5 +1,6 @@
 """The reference: Hugging Face's own DeepseekV3ForCausalLM on the dequantized weights, in float32."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -7,12 +8,18 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from .checkpoint.convert import dequantized_state_dict
+from .checkpoint.layout import model_layout
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config, read_config_json
+from .errors import ConfigError
 
 
 def hugging_face_model(model_dir: str | Path) -> DeepseekV3ForCausalLM:
-    """Loads a checkpoint folder, FP8 or not, into transformers' class in float32 with eager attention."""
+    """Loads a checkpoint folder, FP8 or not, into transformers' class in float32 with eager attention.
+
+    Raises ConfigError when the machine's memory cannot hold it.
+    """
     config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), load_config=load_pretrained_config(model_dir))
+    _check_memory(config)
     fields = read_config_json(model_dir)
     for name in ("quantization_config", "auto_map", "torch_dtype", "dtype", "model_type"):
         fields.pop(name, None)
@@ -20,6 +27,16 @@ def hugging_face_model(model_dir: str | Path) -> DeepseekV3ForCausalLM:
     state_dict = dequantized_state_dict(model_dir, config)
     model = DeepseekV3ForCausalLM.from_pretrained(None, config=hf_config, state_dict=state_dict, dtype=torch.float32)
     return model.eval()
+
+
+def _check_memory(config: DeepseekV3InferenceConfig) -> None:
+    needed = sum(spec.numel for spec in model_layout(config)) * torch.float32.itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"Hugging Face's model in float32 needs {needed / 2**30:.0f} GiB of memory, and this machine has "
+            f"{memory / 2**30:.0f}; compare with saved outputs instead (inference_demo: --expected-outputs-path)"
+        )
 
 
 @torch.no_grad()

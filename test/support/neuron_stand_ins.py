@@ -8,6 +8,7 @@ calling one raises `NeuronSDKUnavailable`. The few names that NxD needs while it
 in `_DEFINED`.
 """
 
+import enum
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -68,6 +69,12 @@ class _CollectivesConfig:
         self.rank_src_tgt_pairs = {rank: None for group in replica_groups for rank in group}
 
 
+# Named in NxD's blockwise configuration, and saved with it, as a member of the class at this place.
+_BlockShardStrategy = enum.Enum(
+    "BlockShardStrategy", {"HI_LO": 0, "PING_PONG": 1}, module="nkilib.core.moe.moe_cte.moe_cte_utils"
+)
+
+
 class _SkipMode(typing.NamedTuple):
     """Built as a default value; NxD's own blockwise matmul in torch reads it too."""
 
@@ -79,7 +86,10 @@ _DEFINED = {
     "neuronxcc.nki": {"jit": _kernel_decorator},
     "neuronxcc.nki._pre_prod_kernels.collectives": {"CollectivesConfig": _CollectivesConfig},
     "nki": {"jit": _kernel_decorator},
-    "nkilib.core.moe.moe_cte.moe_cte_utils": {"SkipMode": _SkipMode},
+    "nkilib.core.moe.moe_cte.moe_cte_utils": {
+        "BlockShardStrategy": _BlockShardStrategy,
+        "SkipMode": _SkipMode,
+    },
     "torch_neuronx.utils": {"get_platform_target": _platform_target},
     "torch_neuronx.xla_impl.base": {"xla_call": _kernel_decorator, "xla_hlo_call": _kernel_decorator},
     "torch_neuronx.xla_impl.ops": {"nki_jit": _kernel_decorator, "xla_hlo_call": _kernel_decorator},

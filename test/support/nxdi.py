@@ -47,12 +47,17 @@ def find_nxdi_source():
     return [str(folder) for folder in folders]
 
 
-def load_nxdi():
-    """Import NxDI in CPU mode. Returns the module; raises NxDINotFound."""
+def make_importable():
+    """Set up CPU mode, so that NxD and NxDI can be imported; raises NxDINotFound."""
     folders = find_nxdi()
     os.environ["NXD_CPU_MODE"] = "1"
     neuron_stand_ins.install()
     sys.path.extend(folder for folder in folders if folder not in sys.path)
+
+
+def load_nxdi():
+    """Import NxDI in CPU mode. Returns the module; raises NxDINotFound."""
+    make_importable()
     importlib.import_module("neuronx_distributed")
     return importlib.import_module("neuronx_distributed_inference")
 
