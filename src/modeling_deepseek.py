@@ -315,10 +315,11 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         return neuron_state_dict(StateDictSource(state_dict), config)
 
     def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
-        """As the base class's, for cache slots in any order.
+        """As the base class's, for cache slots in any order. Raises ConfigError when batch or prompt are too large.
 
         NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says.
         """
+        self._check_request(input_ids)
         if seq_ids is None or (seq_ids.diff() > 0).all():
             return super().forward(input_ids=input_ids, seq_ids=seq_ids, **inputs)
         order = seq_ids.argsort()
@@ -331,6 +332,18 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         for name, value in output.items():
             output[name] = reorder(value, order.argsort())
         return output
+
+    def _check_request(self, input_ids: Tensor) -> None:
+        """NxDI fails on these too, with an index error or deep in its wrappers."""
+        (batch, length), neuron_config = input_ids.shape, self.neuron_config
+        if batch > neuron_config.max_batch_size:
+            raise ConfigError(
+                f"batch of {batch} sequences exceeds batch_size {neuron_config.max_batch_size} of the NeuronConfig; "
+                "raise it or send fewer"
+            )
+        longest, truncates = neuron_config.max_context_length, getattr(neuron_config, "allow_input_truncation", False)
+        if length > longest and not truncates:
+            raise ConfigError(f"prompt of {length} tokens exceeds max_context_length {longest}; raise it or shorten it")
 
     def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
         """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later."""
@@ -363,7 +376,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         tp_degree = self.neuron_config.tp_degree
         if processes != tp_degree:
             raise ConfigError(
-                f"neuron_config: tp_degree {tp_degree} needs as many processes on the CPU, and this runs in {processes}; "
+                f"neuron_config: tp_degree {tp_degree} needs as many processes on the CPU, and has {processes}; "
                 f"set tp_degree to {processes}, or use torchrun"
             )
 

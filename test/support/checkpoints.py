@@ -13,20 +13,21 @@ CONFIG = {field: value for field, value in DEMO_CONFIG.items() if field != "quan
     "hidden_size": 96,
     "intermediate_size": 160,
     "moe_intermediate_size": 72,
-    "vocab_size": 256,
+    "vocab_size": 1024,  # NxDI compares the 1000 largest logits
     "torch_dtype": "float32",
     "eos_token_id": None,  # generation stops at the length alone
 }
 
 
 def write_served_checkpoint(model_dir, **fields):
-    """Writes a checkpoint whose token i is the word `wi`. Returns the folder as a string."""
+    """Writes a checkpoint whose token i is the word `wi` (0 and 1: `<pad>` and `<eos>`). Returns the folder as a string."""
     config = CONFIG | fields
     write_checkpoint(model_dir, config)
-    vocabulary = {f"w{i}": i for i in range(config["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w0").save_pretrained(model_dir)
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, config["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
+    fast.save_pretrained(model_dir)
     (model_dir / "generation_config.json").write_text(json.dumps({"do_sample": False, "pad_token_id": 0}))
     return str(model_dir)
 

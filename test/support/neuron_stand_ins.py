@@ -4,8 +4,8 @@ NxD and NxDI import torch_xla, torch_neuronx, the Neuron compiler and the NKI ke
 which runs none of them. `install()` makes those imports succeed where the packages are absent.
 
 A stand-in computes nothing. Its names can be imported, used as annotation, default value, base class or decorator;
-calling one raises `NeuronSDKUnavailable`. The few names that NxD needs while it imports or sets up CPU mode are listed
-in `_DEFINED`.
+calling one raises `NeuronSDKUnavailable`. The few names that NxD and NxDI need while they import, set up CPU mode or
+check accuracy are listed in `_DEFINED`.
 """
 
 import enum
@@ -16,6 +16,8 @@ import os
 import sys
 import types
 import typing
+
+from . import logit_validation
 
 PACKAGES = ("libneuronxla", "neuronxcc", "nki", "nkilib", "torch_neuronx", "torch_xla", "torchvision")
 
@@ -89,6 +91,12 @@ _DEFINED = {
     "nkilib.core.moe.moe_cte.moe_cte_utils": {
         "BlockShardStrategy": _BlockShardStrategy,
         "SkipMode": _SkipMode,
+    },
+    # The version from which NxDI's accuracy checks call logit_validation with the arguments it takes here.
+    "torch_neuronx": {"__version__": "0.0.0.2.11.14773"},
+    "torch_neuronx.testing.validation": {
+        "logit_validation": logit_validation.logit_validation,
+        "neuron_allclose": logit_validation.neuron_allclose,
     },
     "torch_neuronx.utils": {"get_platform_target": _platform_target},
     "torch_neuronx.xla_impl.base": {"xla_call": _kernel_decorator, "xla_hlo_call": _kernel_decorator},
