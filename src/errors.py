@@ -11,3 +11,15 @@ class ConfigError(DeepseekError):
 
 class CheckpointError(DeepseekError):
     """A checkpoint folder, shard or tensor that cannot be loaded."""
+
+
+_SHOWN_PROBLEMS = 20
+
+
+def report_problems(what: str, problems: list[str]) -> None:
+    """Raises one CheckpointError for all of `problems`, if there are any; `problems` of the error holds them all."""
+    if problems:
+        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
+        error = CheckpointError(f"{what}: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}")
+        error.problems = problems
+        raise error

@@ -1,6 +1,5 @@
 """Turns Hugging Face tensors into the model's tensors: dequantized, combined, in the model's dtype, checked."""
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -9,24 +8,26 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .fp8 import FP8_DTYPE, SCALE_SUFFIX, dequantize_blocks, scale_shape
-from .layout import Combine, TensorSpec, model_layout, rank_tensor_names
+from .checks import check_tensors, weight_block_size
+from .fp8 import FP8_DTYPE, SCALE_SUFFIX, dequantize_blocks
+from .layout import TensorSpec, model_layout, rank_tensor_names
 from .reader import CheckpointReader
 
 if TYPE_CHECKING:
     from ..config import DeepseekV3InferenceConfig
 
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-_SHOWN_PROBLEMS = 8
-
 
 class TensorSource(Protocol):
     """What the converter reads from: a checkpoint folder or a state dict in memory."""
 
+    problems: list[str]
+
     def names(self) -> Iterator[str]: ...
     def __contains__(self, name: str) -> bool: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
-    def is_fp8(self, name: str) -> bool: ...
+    def dtype(self, name: str) -> torch.dtype | None: ...
+    def describe(self, name: str) -> str: ...
+    def is_unreadable(self, name: str) -> bool: ...
     def get(self, name: str) -> Tensor: ...
 
 
@@ -34,6 +35,7 @@ class StateDictSource:
     """A state dict with Hugging Face's names, with or without the leading `model.`, which NxDI strips."""
 
     def __init__(self, state_dict: Mapping[str, Tensor]):
+        self.problems: list[str] = []
         self._tensors = {_full_name(name): tensor for name, tensor in state_dict.items()}
 
     def names(self) -> Iterator[str]:
@@ -45,8 +47,14 @@ class StateDictSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def is_fp8(self, name: str) -> bool:
-        return self._tensors[name].dtype == FP8_DTYPE
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def describe(self, name: str) -> str:
+        return name
+
+    def is_unreadable(self, name: str) -> bool:
+        return False
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -66,30 +74,30 @@ def neuron_state_dict(source: TensorSource, config: "DeepseekV3InferenceConfig")
 
 def build_tensor(source: TensorSource, spec: TensorSpec, config: "DeepseekV3InferenceConfig") -> Tensor:
     """One tensor of the model, unsharded."""
-    dtype = torch.float32 if spec.float32 else config.neuron_config.torch_dtype
-    block_size = weight_block_size(config)
-    if spec.combine is Combine.ROWS:
-        parts = [read_weight(source, part.name, dtype, block_size) for part in spec.sources]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    fused = torch.empty(spec.shape, dtype=dtype)
-    per_expert = len(spec.sources) // spec.shape[0]
-    width = spec.shape[2] // per_expert
+    dtype, block_size = spec.dtype(config.neuron_config.torch_dtype), weight_block_size(config)
+    if spec.is_plain:
+        return read_weight(source, spec.sources[0].name, dtype, block_size)
+    grid = spec.grid
+    tensor = torch.empty(spec.shape, dtype=dtype)
+    view = tensor.view(grid.experts, grid.rows, grid.columns)
     for i, part in enumerate(spec.sources):
-        expert, column = divmod(i, per_expert)
-        weight = read_weight(source, part.name, dtype, block_size)
-        fused[expert, :, column * width : (column + 1) * width] = weight.T
-    return fused
+        expert, index = divmod(i, len(grid.blocks))
+        block = grid.blocks[index]
+        weight = read_weight(source, part.name, dtype, block_size).view(block.rows, block.columns)
+        weight = weight.T if block.transposed else weight
+        rows, columns = weight.shape
+        view[expert, block.row : block.row + rows, block.column : block.column + columns] = weight
+    return tensor
 
 
 def read_weight(source: TensorSource, name: str, dtype: torch.dtype, block_size: tuple[int, int]) -> Tensor:
     """A Hugging Face tensor in `dtype`; float8 weights are multiplied with their block scales."""
     weight = source.get(name)
     if weight.dtype == FP8_DTYPE:
-        return dequantize_blocks(weight, source.get(name + SCALE_SUFFIX), block_size, dtype, name)
-    if not weight.is_floating_point():
-        raise CheckpointError(f"{name}: dtype {weight.dtype} is not supported; use an FP8, BF16 or FP32 checkpoint")
+        scale = source.get(name + SCALE_SUFFIX)
+        return dequantize_blocks(weight, scale, block_size, dtype, source.describe(name))
     if weight.isnan().any():
-        raise CheckpointError(f"{name}: holds NaN; the shard is damaged, download it again")
+        raise CheckpointError(f"{source.describe(name)}: holds NaN; the shard is damaged, download it again")
     return weight.to(dtype)
 
 
@@ -107,53 +115,5 @@ def dequantized_state_dict(
     }
 
 
-def weight_block_size(config: "DeepseekV3InferenceConfig") -> tuple[int, int]:
-    """`weight_block_size` of config.json's quantization_config; 128x128, the released size, where it says nothing."""
-    quantization = getattr(config, "quantization_config", None) or {}
-    rows, cols = quantization.get("weight_block_size") or (128, 128)
-    if not (isinstance(rows, int) and isinstance(cols, int) and rows > 0 and cols > 0):
-        raise CheckpointError(f"config.json: weight_block_size {[rows, cols]} must be two positive integers")
-    return rows, cols
-
-
-def check_tensors(source: TensorSource, config: "DeepseekV3InferenceConfig") -> None:
-    """Raises one CheckpointError that lists every tensor that is missing, unexpected or of the wrong shape."""
-    expected = {part.name: part.shape for spec in model_layout(config) for part in spec.sources}
-    block_size = weight_block_size(config)
-    problems = [f"{name}: missing" for name in expected if name not in source]
-    for name in source.names():
-        weight = name.removesuffix(SCALE_SUFFIX)
-        if name in expected:
-            if source.shape(name) != expected[name]:
-                problems.append(f"{name}: shape {list(source.shape(name))}, expected {list(expected[name])}")
-        elif name != weight and weight in expected:
-            want = scale_shape(expected[weight], block_size)
-            if source.shape(name) != want:
-                problems.append(f"{name}: shape {list(source.shape(name))}, expected {list(want)}")
-        elif name != weight and weight not in source:
-            problems.append(f"{name}: a scale without its weight {weight}")
-        elif not is_ignored(name, config):
-            problems.append(f"{name}: not a tensor of this model")
-    unscaled = (name for name in expected if name in source and name + SCALE_SUFFIX not in source)
-    problems += [f"{name}: FP8 weight without {name}{SCALE_SUFFIX}" for name in unscaled if source.is_fp8(name)]
-    if problems:
-        raise CheckpointError(_summary(problems))
-
-
-def is_ignored(name: str, config: "DeepseekV3InferenceConfig") -> bool:
-    """True for tensors that are left out on purpose: MTP layers (index >= num_hidden_layers), saved RoPE tables, a head
-    stored beside tied embeddings."""
-    layer = _LAYER.match(name)
-    if layer and int(layer.group(1)) >= config.num_hidden_layers:
-        return True
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
-
-
 def _full_name(name: str) -> str:
     return name if name.startswith(("model.", "lm_head.")) else "model." + name
-
-
-def _summary(problems: list[str]) -> str:
-    shown = "; ".join(problems[:_SHOWN_PROBLEMS])
-    more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-    return f"checkpoint does not fit config.json: {shown}{more}"

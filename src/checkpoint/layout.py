@@ -1,7 +1,8 @@
 """Where every tensor of the model comes from: Hugging Face names and shapes, how they combine, how ranks split them.
 
-One declarative table, read by the in-memory converter, by the checks and by the embedded runtime's loader. A tensor of
-the model (Neuron name, as in NxDI's state dict) is made of one or more Hugging Face tensors.
+One declarative table, read in both directions: by the in-memory converter, the checks, the embedded runtime's loader,
+the sharder and its inverse. A tensor of the model (Neuron name, as in NxDI's state dict) is made of one or more Hugging
+Face tensors.
 
 Sizes in shapes: H hidden, I intermediate, E routed experts, R kv_lora_rank, P qk_rope_head_dim, D qk_nope_head_dim,
 V v_head_dim, N heads, Q q_lora_rank.
@@ -10,8 +11,11 @@ V v_head_dim, N heads, Q q_lora_rank.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
+
+import torch
 
 if TYPE_CHECKING:
     from ..config import DeepseekV3InferenceConfig
@@ -31,6 +35,43 @@ class Source:
 
     name: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where a source [rows, columns] begins in its tensor's grid, and whether it lies there transposed."""
+
+    rows: int
+    columns: int
+    row: int = 0
+    column: int = 0
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A tensor seen as [experts, rows, columns]; axes that it lacks have size 1. Says how sources and ranks divide it.
+
+    blocks: the sources of one expert; all experts have the same. axis: the one that ranks split (1 rows, 2 columns),
+    None for a copy on every rank.
+    """
+
+    experts: int
+    rows: int
+    columns: int
+    blocks: tuple[Block, ...]
+    axis: int | None
+    stride: int
+
+    def rank_ranges(self, rank: int, tp_degree: int) -> list[tuple[int, int]]:
+        """The ranges of the split axis that a rank holds, one after the other; `stride` of them."""
+        size = (self.rows, self.columns)[self.axis - 1] // (tp_degree * self.stride)
+        return [(i * size, (i + 1) * size) for i in range(rank, tp_degree * self.stride, tp_degree)]
+
+    def rank_shape(self, tp_degree: int) -> tuple[int, int, int]:
+        rows = self.rows // tp_degree if self.axis == 1 else self.rows
+        columns = self.columns // tp_degree if self.axis == 2 else self.columns
+        return self.experts, rows, columns
 
 
 @dataclass(frozen=True)
@@ -62,6 +103,35 @@ class TensorSpec:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def is_plain(self) -> bool:
+        """True where the tensor is one source as it is."""
+        return len(self.sources) == 1 and self.combine is Combine.ROWS
+
+    def dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """The dtype that the tensor has in a model of `model_dtype`."""
+        return torch.float32 if self.float32 else model_dtype
+
+    def rank_shape(self, tp_degree: int) -> tuple[int, ...]:
+        """The shape of one rank's part."""
+        shape = list(self.shape)
+        if self.partition_dim is not None:
+            shape[self.partition_dim] //= tp_degree
+        return tuple(shape)
+
+    @cached_property
+    def grid(self) -> Grid:
+        if self.combine is Combine.ROWS:
+            sizes = [(source.shape[0], prod(source.shape[1:])) for source in self.sources]
+            starts = [sum(rows for rows, _ in sizes[:i]) for i in range(len(sizes))]
+            blocks = tuple(Block(*size, row=start) for size, start in zip(sizes, starts, strict=True))
+            axis = None if self.partition_dim is None else self.partition_dim + 1
+            return Grid(1, self.shape[0], prod(self.shape[1:]), blocks, axis, self.stride)
+        experts, rows, columns = self.shape
+        size = self.sources[0].shape
+        blocks = tuple(Block(*size, column=start, transposed=True) for start in range(0, columns, size[0]))
+        return Grid(experts, rows, columns, blocks, self.partition_dim, self.stride)
+
 
 def model_layout(config: "DeepseekV3InferenceConfig") -> Iterator[TensorSpec]:
     """Every weight of the model, in the order of the forward pass. MTP layers are not part of it."""
@@ -85,10 +155,34 @@ def layer_layout(config: "DeepseekV3InferenceConfig", layer: int) -> Iterator[Te
     yield from mlp(config, neuron + "mlp.", hf + "mlp.")
 
 
-def rank_tensor_names(config: "DeepseekV3InferenceConfig") -> Iterator[str]:
-    """int32 tensors from which a rank of the compiled model learns its number: arange(tp_degree), a value per rank."""
+def mtp_layout(config: "DeepseekV3InferenceConfig") -> Iterator[TensorSpec]:
+    """The multi-token prediction layers, which follow the model's in the checkpoint. Each has a copy of embedding and
+    head, and joins token and hidden state (arXiv:2412.19437, section 2.2) by eh_proj, split like the projections."""
+    H, vocab = config.hidden_size, config.vocab_size
+    for layer in mtp_layers(config):
+        yield from layer_layout(config, layer)
+        neuron, hf = f"layers.{layer}.", f"model.layers.{layer}."
+        for name, shape, partition_dim in (
+            ("embed_tokens", (vocab, H), 1),
+            ("shared_head.head", (vocab, H), 0),
+            ("enorm", (H,), None),
+            ("hnorm", (H,), None),
+            ("shared_head.norm", (H,), None),
+            ("eh_proj", (H, 2 * H), 0),
+        ):
+            yield _spec(f"{neuron}{name}.weight", f"{hf}{name}.weight", shape, partition_dim)
+
+
+def mtp_layers(config: "DeepseekV3InferenceConfig") -> range:
+    first = config.num_hidden_layers
+    return range(first, first + config.num_nextn_predict_layers)
+
+
+def rank_tensor_names(config: "DeepseekV3InferenceConfig", layers: range | None = None) -> Iterator[str]:
+    """int32 tensors from which a rank of the compiled model learns its number: arange(tp_degree), a value per rank.
+    `layers`: those of the file, the model's if not given."""
     yield "rank_util.rank"
-    for layer in range(config.num_hidden_layers):
+    for layer in range(config.num_hidden_layers) if layers is None else layers:
         if config.is_moe_layer(layer):
             yield f"layers.{layer}.mlp.expert_mlps.spmd_rank.rank"
 

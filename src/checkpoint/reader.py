@@ -1,83 +1,187 @@
-"""Reads a Hugging Face checkpoint folder: safetensors shards, memory-mapped, one tensor at a time."""
+"""Reads a Hugging Face checkpoint folder: safetensors shards, one tensor or some rows of it at a time."""
 
 import json
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .files import pread_into
+from .header import TensorEntry, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_TORCH_DTYPE = {
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint folder, by name. Shards open on construction and stay mapped; data loads on `get`.
+    """The tensors of a checkpoint folder, by name. Construction reads headers only; may be used by several threads.
 
-    Raises CheckpointError naming the file when the index, a shard or a header cannot be read, or when index and shards
-    disagree.
+    entries: where each tensor lies. problems: what is wrong with the index, the shards and their headers, a line each,
+    for checks.check_tensors to report together with what is wrong with the tensors.
     """
 
     def __init__(self, model_dir: str | Path):
         self.model_dir = Path(model_dir)
-        self._shards = {}
-        self._shard_of: dict[str, str] = {}
-        weight_map = self._read_index()
-        for file in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_FILE]:
-            self._open(file)
-        if weight_map is not None:
-            self._check_index(weight_map)
+        self.entries: dict[str, TensorEntry] = {}
+        self.problems: list[str] = []
+        self.index_metadata: dict[str, object] = {}
+        self.files: list[str] = []
+        self._unreadable_names: set[str] = set()
+        self._descriptors: dict[str, int] = {}
+        self._mapped: dict[str, safe_open] = {}
+        self._lock = threading.Lock()
+        self._read_folder()
+        self._stamps = self.stamps()
 
     def names(self) -> Iterator[str]:
-        return iter(self._shard_of)
+        return iter(self.entries)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name in self.entries
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._shards[self._shard_of[name]].get_slice(name).get_shape())
+        return self.entries[name].shape
 
-    def is_fp8(self, name: str) -> bool:
-        return self._shards[self._shard_of[name]].get_slice(name).get_dtype() == "F8_E4M3"
+    def dtype(self, name: str) -> torch.dtype | None:
+        """None for a dtype that no checkpoint of this family has."""
+        return _TORCH_DTYPE.get(self.entries[name].dtype)
 
-    def get(self, name: str) -> Tensor:
-        """The tensor as stored. Raises CheckpointError when there is none of that name."""
-        if name not in self._shard_of:
-            raise CheckpointError(f"{self.model_dir}: tensor {name} is missing; is the download complete?")
-        return self._shards[self._shard_of[name]].get_tensor(name)
+    def is_unreadable(self, name: str) -> bool:
+        """Whether the tensor should be in a shard that is among the problems: no need to tell of it too."""
+        return name in self._unreadable_names
+
+    def describe(self, name: str) -> str:
+        """What a message calls the tensor: its file and its name."""
+        return f"{self.file_of(name)}: {name}" if name in self.entries else f"{self.model_dir}: {name}"
 
     def file_of(self, name: str) -> Path:
-        return self.model_dir / self._shard_of[name]
+        return self.model_dir / self.entries[name].file
+
+    def get(self, name: str) -> Tensor:
+        """The tensor as stored, memory-mapped. Raises CheckpointError when there is none of that name."""
+        if name not in self.entries:
+            raise CheckpointError(f"{self.describe(name)}: missing; is the download complete?")
+        file = self.entries[name].file
+        if file not in self._mapped:
+            self._mapped[file] = safe_open(self.model_dir / file, framework="pt")
+        return self._mapped[file].get_tensor(name)
+
+    def read_rows(self, name: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+        """The bytes of rows start..stop along the first axis, read into `buffer` (uint8): uint8 [stop - start, bytes].
+
+        Reads instead of mapping, so that memory stays bounded and a file cut short is an error, not a crash.
+        """
+        entry = self.entries[name]
+        size = (stop - start) * entry.row_bytes
+        pread_into(
+            self._descriptor(entry.file), buffer[:size], entry.offset + start * entry.row_bytes, self.describe(name)
+        )
+        return buffer[:size].reshape(stop - start, entry.row_bytes)
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Size in bytes and time of change in ns of each shard: tells one state of the folder from another."""
+        stamps = {}
+        for file in self.files:
+            try:
+                status = (self.model_dir / file).stat()
+                stamps[file] = [status.st_size, status.st_mtime_ns]
+            except OSError:
+                stamps[file] = [-1, -1]
+        return stamps
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError naming the shards that changed since construction."""
+        now = self.stamps()
+        changed = [file for file in self.files if now[file] != self._stamps[file]]
+        if changed:
+            raise CheckpointError(f"{self.model_dir}: {', '.join(changed)} changed while being read; start again")
+
+    def close(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = os.open(self.model_dir / file, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{self.model_dir / file}: cannot be read ({error.strerror})") from None
+            return self._descriptors[file]
+
+    def _read_folder(self) -> None:
+        weight_map = self._read_index()
+        self.files = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
+        unreadable = {file for file in self.files if not self._open(file)}
+        if weight_map is not None:
+            self._unreadable_names = {name for name, file in weight_map.items() if file in unreadable}
+            self._check_index(weight_map)
 
     def _read_index(self) -> dict[str, str] | None:
+        """The index's weight_map; None where a single file holds the model."""
         path = self.model_dir / INDEX_FILE
         if not path.exists():
             if (self.model_dir / SINGLE_FILE).exists():
                 return None
-            raise CheckpointError(f"{self.model_dir}: neither {INDEX_FILE} nor {SINGLE_FILE}; give a checkpoint folder")
+            self.problems.append(f"{self.model_dir}: neither {INDEX_FILE} nor {SINGLE_FILE}; give a checkpoint folder")
+            return {}
         try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            return {str(name): str(file) for name, file in weight_map.items()}
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: cannot be read ({error!r}); download it again") from None
+            index = json.loads(path.read_text(encoding="utf-8"))
+            self.index_metadata = dict(index.get("metadata") or {})
+            return {str(name): str(file) for name, file in index["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.problems.append(f"{path}: cannot be read ({error!r}); download it again")
+            return {}
 
-    def _open(self, file: str) -> None:
+    def _open(self, file: str) -> bool:
+        """Takes in the header of a shard; False if there is nothing to take."""
         path = self.model_dir / file
         if not path.exists():
-            raise CheckpointError(f"{path}: named by {INDEX_FILE} but missing; download it")
-        try:
-            shard = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a complete safetensors file ({error}); download it again") from None
-        self._shards[file] = shard
-        for name in shard.keys():  # noqa: SIM118 - a safetensors handle is not a dict
-            if name in self._shard_of:
-                raise CheckpointError(f"{path}: tensor {name} is also in {self._shard_of[name]}; remove one of the two")
-            self._shard_of[name] = file
+            self.problems.append(f"{path}: named by {INDEX_FILE} but missing; download it")
+            return False
+        entries, problems = read_header(path)
+        self.problems += problems
+        for name, entry in entries.items():
+            if name in self.entries:
+                other = self.entries[name].file
+                self.problems.append(f"{path}: {name}: is also in {other}; remove one of the two")
+            else:
+                self.entries[name] = entry
+        return bool(entries)
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
         for name, file in weight_map.items():
-            if self._shard_of.get(name) != file:
-                raise CheckpointError(f"{self.model_dir / file}: lacks {name}, which {INDEX_FILE} places there")
+            entry = self.entries.get(name)
+            if name not in self._unreadable_names and (entry is None or entry.file != file):
+                self.problems.append(f"{self.model_dir / file}: lacks {name}, which {INDEX_FILE} places there")
+        for name, entry in self.entries.items():
+            if name not in weight_map:
+                self.problems.append(f"{self.model_dir / entry.file}: {name}: not in {INDEX_FILE}; download both again")
+        total = self.index_metadata.get("total_size")
+        tensors = sum(entry.nbytes for entry in self.entries.values())
+        files = sum(max(size, 0) for size, _ in self.stamps().values())
+        # Some writers count the tensors, some the files.
+        if (
+            total is not None
+            and not self._unreadable_names
+            and not (isinstance(total, int) and tensors <= total <= files)
+        ):
+            self.problems.append(
+                f"{self.model_dir / INDEX_FILE}: total_size {total}, but the shards hold {tensors} bytes of tensors; "
+                "download the index again"
+            )

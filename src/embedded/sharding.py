@@ -10,5 +10,6 @@ def shard(tensor: Tensor, spec: TensorSpec, rank: int, tp_degree: int) -> Tensor
     """The slice of `tensor` that `rank` holds; a copy where it is one, so that the whole can be freed."""
     if spec.partition_dim is None or tp_degree == 1:
         return tensor
-    pieces = tensor.chunk(tp_degree * spec.stride, dim=spec.partition_dim)
-    return torch.cat(pieces[rank::tp_degree], dim=spec.partition_dim)
+    ranges = spec.grid.rank_ranges(rank, tp_degree)
+    parts = [tensor.narrow(spec.partition_dim, start, stop - start) for start, stop in ranges]
+    return torch.cat(parts, dim=spec.partition_dim)

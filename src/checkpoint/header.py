@@ -1,0 +1,121 @@
+"""The head of a safetensors file: 8 bytes of length (little endian), JSON, then the tensors' bytes."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8,
+}  # fmt: skip
+# safetensors puts tensors of larger alignment first; among those that this package writes, in this order.
+_DTYPE_ORDER = ("F32", "I32", "BF16")
+_LENGTH_BYTES = 8
+_MAX_JSON_BYTES = 100_000_000  # the bound of safetensors itself
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a safetensors file. dtype is the format's name of it; offset counts bytes from the file's start."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first axis."""
+        return ITEM_SIZE[self.dtype] * prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return ITEM_SIZE[self.dtype] * prod(self.shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], list[str]]:
+    """The tensors of a file, and what is wrong with it: lines that begin with the file's path. Reads no tensor data."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            start = file.read(len(_LFS_POINTER))
+            if start == _LFS_POINTER:
+                return {}, [f"{path}: is a Git LFS pointer, not the file itself; run git lfs pull"]
+            length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+            if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_JSON_BYTES):
+                return {}, [f"{path}: its header of {length} bytes exceeds the file of {size}; download it again"]
+            file.seek(_LENGTH_BYTES)
+            pairs = json.loads(file.read(length), object_pairs_hook=list)
+    except OSError as error:
+        return {}, [f"{path}: cannot be read ({error.strerror}); check that it is there and readable"]
+    except ValueError as error:
+        return {}, [f"{path}: its header is not JSON ({error}); download it again"]
+    return _entries(path, pairs, _LENGTH_BYTES + length, size)
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorEntry]]:
+    """The bytes before the data, and where each tensor goes, for (name, dtype, shape): as safetensors' save_file."""
+    header, entries, offset = {}, {}, 0
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: (_DTYPE_ORDER.index(tensor[1]), tensor[0])):
+        entry = entries[name] = TensorEntry("", dtype, tuple(shape), offset)
+        offset += entry.nbytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [entry.offset, offset]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)
+    head = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    moved = {name: TensorEntry("", e.dtype, e.shape, e.offset + len(head)) for name, e in entries.items()}
+    return head, moved
+
+
+def _entries(path: Path, pairs: Any, data_start: int, size: int) -> tuple[dict[str, TensorEntry], list[str]]:
+    """`pairs` is the header with every JSON object as a list of (key, value), so that repeated keys are seen."""
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        return {}, [f"{path}: its header is not a JSON object; download it again"]
+    entries, problems = {}, []
+    for name, fields in pairs:
+        if name == "__metadata__":
+            continue
+        try:
+            entry, end = _entry(path.name, dict(fields), data_start)
+        except (KeyError, TypeError, ValueError) as error:
+            problems.append(f"{path}: {name}: bad entry in the header ({error}); download the file again")
+            continue
+        if name in entries:
+            problems.append(f"{path}: {name}: twice in the header; download the file again")
+        if end != entry.offset + entry.nbytes or entry.offset < data_start:
+            problems.append(
+                f"{path}: {name}: {end - entry.offset} bytes in the header, but {entry.dtype} {list(entry.shape)} has "
+                f"{entry.nbytes}; download the file again"
+            )
+        entries[name] = entry
+    return entries, problems + _misplaced(path, entries, data_start, size)
+
+
+def _entry(file: str, fields: dict[str, Any], data_start: int) -> tuple[TensorEntry, int]:
+    dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    if dtype not in ITEM_SIZE:
+        raise ValueError(f"unknown dtype {dtype}")
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError("shape and data_offsets must be natural numbers")
+    return TensorEntry(file, dtype, shape, data_start + begin), data_start + end
+
+
+def _misplaced(path: Path, entries: dict[str, TensorEntry], data_start: int, size: int) -> list[str]:
+    """Overlaps, holes and a wrong end: the format wants the tensors side by side until the end of the file."""
+    problems, position = [], data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset != position:
+            kind = "overlaps the tensor before it" if entry.offset < position else "leaves a hole before it"
+            problems.append(f"{path}: {name}: {kind}; download the file again")
+        position = entry.offset + entry.nbytes
+    if position != size:
+        problems.append(
+            f"{path}: not a complete safetensors file: {size} bytes, {position} by its header; download it again"
+        )
+    return problems
