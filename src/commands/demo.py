@@ -39,11 +39,12 @@ def generate(model_dir: str, prompts: list[list[int]], max_new_tokens: int) -> t
     """Greedy tokens [B, T] and the logits that chose them, float32 [B, T, vocab]."""
     model = load_model(model_dir, prompts, max_new_tokens, "float32", seq_len=None, tp_degree=1)
     input_ids, attention_mask = right_pad(prompts, model.config)
-    output = backend.HuggingFaceGenerationAdapter(model).generate(
+    adapter = backend.HuggingFaceGenerationAdapter(model)
+    adapter.generation_config.eos_token_id = None  # random weights mean nothing by it
+    output = adapter.generate(
         input_ids,
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
-        min_new_tokens=max_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,
         output_logits=True,

@@ -1,6 +1,8 @@
 """`nxdi-deepseek generate`: completes prompts with a checkpoint folder."""
 
 import argparse
+import contextlib
+import os
 from pathlib import Path
 
 import torch
@@ -31,24 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        return _generate(args)
+    # Every rank of torchrun computes the same tokens; one prints them.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return _generate(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
     print(backend.describe())
     tokenizer = _tokenizer(args.model_dir) if args.prompt else None
     prompts = [tokenizer(text).input_ids for text in args.prompt] if tokenizer else _parse_ids(args.prompt_ids)
     model = load_model(args.model_dir, prompts, args.max_new_tokens, args.dtype, args.seq_len, args.tp_degree)
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
+    adapter.generation_config = _generation_config(args.model_dir, model.config)
     streamer = BatchStreamer(len(prompts), TextPrinter(tokenizer, len(prompts)))
     set_seed(args.seed)
     sampling = {"do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
     if args.temperature > 0:
         sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    adapter.generate(
-        input_ids,
-        attention_mask=attention_mask,
-        generation_config=_generation_config(args.model_dir, model.config),
-        streamer=streamer,
-        **sampling,
-    )
+    adapter.generate(input_ids, attention_mask=attention_mask, streamer=streamer, **sampling)
     return 0
 
 
