@@ -8,6 +8,7 @@ calling one raises `NeuronSDKUnavailable`. The few names that NxD and NxDI need 
 check accuracy are listed in `_DEFINED`.
 """
 
+import contextlib
 import enum
 import importlib
 import importlib.abc
@@ -143,6 +144,10 @@ def install():
     import transformers.utils.import_utils  # noqa: F401  (looks for torch_xla and torchvision as it is imported)
 
     if not any(isinstance(finder, _StandInFinder) for finder in sys.meta_path):
+        # What is installed comes first: as it is imported it looks for the others, and must not find their stand-ins.
+        for name in PACKAGES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
         sys.meta_path.append(_StandInFinder())
     absent = [name for name in PACKAGES if is_stand_in(importlib.import_module(name))]
     if "torch_neuronx" in absent:
