@@ -24,9 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (_, summary) in COMMANDS.items():
         subparsers.add_parser(name, help=summary, add_help=False)
     command = parser.parse_args(argv[:1]).command
-    module = importlib.import_module(f".commands.{COMMANDS[command][0]}", __package__)
     try:
-        return _run(module, command, argv[1:])
+        return _run(importlib.import_module(f".commands.{COMMANDS[command][0]}", __package__), command, argv[1:])
     except DeepseekError as error:
         print(f"nxdi-deepseek {command}: {error}", file=sys.stderr)
         return 2
