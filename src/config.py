@@ -60,7 +60,10 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
             "blockwise_matmul_config",
             {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG", "block_size": 128},
         )
-        super().__init__(**_from_saved(kwargs))
+        try:
+            super().__init__(**_from_saved(kwargs))
+        except AssertionError as error:  # NxDI's way of refusing a value
+            raise ConfigError(f"neuron_config: {error}") from error
 
 
 def _from_saved(fields: dict[str, Any]) -> dict[str, Any]:

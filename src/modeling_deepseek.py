@@ -329,9 +329,13 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
         """As the base class's, for cache slots in any order. Raises ConfigError when batch or prompt are too large.
 
-        NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says.
+        NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says. And
+        where it is to infer the mask, that of a prompt of one token comes out empty.
         """
         self._check_request(input_ids)
+        positions = inputs.get("position_ids")
+        if inputs.get("attention_mask") is None and positions is not None and not positions.any():
+            inputs["attention_mask"] = torch.ones_like(positions)
         if seq_ids is None or (seq_ids.diff() > 0).all():
             return super().forward(input_ids=input_ids, seq_ids=seq_ids, **inputs)
         order = seq_ids.argsort()

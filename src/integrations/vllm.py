@@ -7,6 +7,7 @@ import warnings
 
 from .post_import import when_imported
 from .registration import ARCHITECTURE_KEYS, ARCHITECTURES, add_model, register_config, version_of
+from .vllm_config import DeepseekV3ServingConfig
 
 CPU_VARIABLE = "NXDI_DEEPSEEK_VLLM_CPU"
 _PLUGIN = "vllm_neuron"
@@ -62,3 +63,13 @@ def _register_architectures() -> None:
     for architecture in ARCHITECTURES:
         if architecture not in known:
             ModelRegistry.register_model(architecture, "vllm.model_executor.models.deepseek_v2:DeepseekV3ForCausalLM")
+    _register_checks()
+
+
+def _register_checks() -> None:
+    try:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    except ImportError:  # moved: the same mistakes come to light later, in the engine
+        return
+    for architecture in ARCHITECTURES:
+        MODELS_CONFIG_MAP.setdefault(architecture, DeepseekV3ServingConfig)

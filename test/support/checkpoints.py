@@ -20,7 +20,7 @@ CONFIG = {field: value for field, value in DEMO_CONFIG.items() if field != "quan
 
 
 def write_served_checkpoint(model_dir, **fields):
-    """Writes a checkpoint whose token i is the word `wi` (0 and 1: `<pad>` and `<eos>`). Returns the folder as a string."""
+    """Writes a checkpoint whose token i is the word `wi` (0: `<pad>`, 1: `<eos>`). Returns its path as a string."""
     config = CONFIG | fields
     write_checkpoint(model_dir, config)
     vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, config["vocab_size"])}

@@ -1,0 +1,68 @@
+"""Refuses, before vLLM starts its engine, what would fail in the engine: there an error ends the whole server."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+# The Neuron plugin's variables: a folder to load compiled models from, and the switch to vLLM's own scheduler.
+ARTIFACTS_VARIABLE = "NEURON_COMPILED_ARTIFACTS"
+_SCHEDULER_VARIABLE = "DISABLE_NEURON_CUSTOM_SCHEDULER"
+
+
+class DeepseekV3ServingConfig:
+    """What vLLM calls for an architecture once its configuration is complete."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Raises ConfigError naming the argument and the remedy. Says nothing about platforms other than Neuron."""
+        from vllm.platforms import current_platform
+
+        if type(current_platform).__module__.startswith("vllm_neuron"):
+            check_features(vllm_config)
+            check_limits(vllm_config)
+
+
+def check_features(vllm_config: Any) -> None:
+    """Raises ConfigError for features of vLLM that the model does not have."""
+    unsupported = {
+        "enable_prefix_caching": (
+            vllm_config.cache_config.enable_prefix_caching,
+            "the latent cache is not paged; pass --no-enable-prefix-caching",
+        ),
+        "enable_lora": (vllm_config.lora_config, "LoRA is not implemented; leave it off"),
+        "speculative_config": (vllm_config.speculative_config, "speculation is not implemented; leave it unset"),
+        _SCHEDULER_VARIABLE: (
+            os.environ.get(_SCHEDULER_VARIABLE, "0") != "0",
+            "it stands for chunked prefill, which is not implemented; unset it",
+        ),
+    }
+    for name, (asked, remedy) in unsupported.items():
+        if asked:
+            raise ConfigError(f"vLLM: {name} is not supported for DeepSeek-V3 on Neuron; {remedy}")
+
+
+def check_limits(vllm_config: Any) -> None:
+    """Raises ConfigError when vLLM would send longer prompts or more sequences than the model is compiled for."""
+    limits, where = _limits(vllm_config)
+    for name, value, field in (
+        ("max_model_len", vllm_config.model_config.max_model_len, "max_context_length"),
+        ("max_model_len", vllm_config.model_config.max_model_len, "seq_len"),
+        ("max_num_seqs", vllm_config.scheduler_config.max_num_seqs, "batch_size"),
+    ):
+        if value > limits.get(field, value):
+            raise ConfigError(
+                f"vLLM: {name} {value} exceeds {field} {limits[field]} of {where}; lower {name}, or raise {field} and "
+                "compile again"
+            )
+
+
+def _limits(vllm_config: Any) -> tuple[dict[str, Any], str]:
+    """The NeuronConfig fields that are fixed already, and by what."""
+    saved = Path(os.environ.get(ARTIFACTS_VARIABLE, ""), "neuron_config.json")
+    if ARTIFACTS_VARIABLE in os.environ and saved.exists():
+        return json.loads(saved.read_text(encoding="utf-8"))["neuron_config"], str(saved)
+    overrides = (vllm_config.additional_config or {}).get("override_neuron_config") or {}
+    return overrides, "override_neuron_config"
