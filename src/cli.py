@@ -14,6 +14,10 @@ COMMANDS = {
     "compare": ("compare", "measure how far a run of the model is from golden outputs, and find where it starts"),
     "golden": ("golden", "write reference logits from Hugging Face's modules, layer by layer, in a few GB of memory"),
     "generate": ("generate", "complete prompts with a checkpoint folder"),
+    "inspect": ("inspect", "what a checkpoint folder holds, from its headers, and what is wrong with it"),
+    "shard": ("shard", "write one file per rank from a checkpoint folder, as NxDI loads them"),
+    "verify": ("verify", "compare rank files with their checkpoint, bit for bit"),
+    "unshard": ("unshard", "turn rank files back into a Hugging Face checkpoint"),
     "inference-demo": ("inference_demo", "NxDI's inference_demo, with this model; takes all of its arguments"),
 }
 

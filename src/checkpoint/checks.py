@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..errors import CheckpointError, report_problems
@@ -13,6 +14,7 @@ from .layout import TensorSpec, model_layout, mtp_layout
 if TYPE_CHECKING:
     from ..config import DeepseekV3InferenceConfig
     from .convert import TensorSource
+    from .reader import CheckpointReader
 
 WEIGHT_DTYPES = (FP8_DTYPE, torch.bfloat16, torch.float16, torch.float32)
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
@@ -56,17 +58,29 @@ def tensor_problems(source: "TensorSource", config: "DeepseekV3InferenceConfig",
     return problems
 
 
-def scale_problems(source: "TensorSource", specs: list[TensorSpec]) -> list[str]:
-    """A line for each block scale of `specs` that holds NaN or infinity. Reads all scales."""
+def scale_problems(reader: "CheckpointReader", specs: list[TensorSpec]) -> list[str]:
+    """A line for each block scale of `specs` that holds NaN or infinity. Reads all scales, some 0.02 % of the bytes."""
     problems = []
-    for spec in specs:
-        for part in spec.sources:
-            name = part.name + SCALE_SUFFIX
-            if name in source and source.dtype(name) in SCALE_DTYPES:
-                scale = scale_to_float32(source.get(name))
-                if not scale.isfinite().all():
-                    problems.append(f"{source.describe(name)}: holds NaN or infinity; download the file again")
+    for name in {part.name: None for spec in specs for part in spec.sources}:
+        if name + SCALE_SUFFIX in reader and reader.dtype(name + SCALE_SUFFIX) in SCALE_DTYPES:
+            try:
+                finite = np.isfinite(read_scale(reader, name)).all()
+            except CheckpointError as error:
+                # In a file that is cut short, all of them: the header told of it already.
+                problems += [] if reader.problems else [str(error)]
+                continue
+            if not finite:
+                what = reader.describe(name + SCALE_SUFFIX)
+                problems.append(f"{what}: holds NaN or infinity; download the file again")
     return problems
+
+
+def read_scale(reader: "CheckpointReader", name: str) -> np.ndarray:
+    """The block scales of a weight, float32 [blocks down, blocks across]."""
+    entry = reader.entries[name + SCALE_SUFFIX]
+    raw = np.empty(entry.nbytes, np.uint8)
+    reader.read_rows(name + SCALE_SUFFIX, 0, entry.shape[0], raw)
+    return scale_to_float32(torch.from_numpy(raw).view(reader.dtype(name + SCALE_SUFFIX))).numpy().reshape(entry.shape)
 
 
 def weight_block_size(config: "DeepseekV3InferenceConfig") -> tuple[int, int]:

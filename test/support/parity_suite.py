@@ -125,23 +125,33 @@ def test_buckets_change_no_token(checkpoint):
         assert_same_choice(tokens[0], logits[0], greedy(load_model(model_dir, batch_size=1), [prompt], 20)[1][0])
 
 
-def generate_on_rank(model_dir, tp_degree, prompts):
+def generate_on_rank(model_dir, tp_degree, prompts, neuron):
     """Runs in a process of its own."""
-    return greedy(load_model(model_dir, batch_size=len(prompts), tp_degree=tp_degree), prompts, 12)
+    model = load_model(model_dir, batch_size=len(prompts), tp_degree=tp_degree, **neuron)
+    return greedy(model, prompts, 12)
+
+
+def assert_ranks_equal_one_process(model_dir, tp_degree, **neuron):
+    prompts = random_prompts((6, 14))
+    _, expected = greedy(load_model(model_dir, batch_size=2), prompts, 12)
+    initialize = nxdi.init_cpu_parallel if backend.NAME == "nxdi" else models.init_embedded
+    for tokens, logits in nxdi.run_parallel(
+        generate_on_rank, tp_degree, str(model_dir), tp_degree, prompts, neuron, initialize=initialize
+    ):
+        for row in range(len(prompts)):
+            assert_same_choice(tokens[row], logits[row], expected[row])
 
 
 @pytest.mark.parametrize("name", ["v3", "no q_lora (Moonlight)", "attention_bias"])
 @pytest.mark.parametrize("tp_degree", [2, 4])
 def test_tensor_parallel_equals_one_process(checkpoint, name, tp_degree):
-    model_dir = checkpoint(CONFIGS[name])
-    prompts = random_prompts((6, 14))
-    _, expected = greedy(load_model(model_dir, batch_size=2), prompts, 12)
-    initialize = nxdi.init_cpu_parallel if backend.NAME == "nxdi" else models.init_embedded
-    for tokens, logits in nxdi.run_parallel(
-        generate_on_rank, tp_degree, str(model_dir), tp_degree, prompts, initialize=initialize
-    ):
-        for row in range(len(prompts)):
-            assert_same_choice(tokens[row], logits[row], expected[row])
+    assert_ranks_equal_one_process(checkpoint(CONFIGS[name]), tp_degree)
+
+
+@pytest.mark.parametrize("name", ["v3", "attention_bias"])
+def test_sequence_parallel_equals_one_process(checkpoint, name):
+    batching = {"is_continuous_batching": True, "ctx_batch_size": 1, "tkg_batch_size": 2, "max_batch_size": 2}
+    assert_ranks_equal_one_process(checkpoint(CONFIGS[name]), 2, sequence_parallel_enabled=True, **batching)
 
 
 @pytest.mark.parametrize("name", ["v3", "nope wider than v", "one group (Kimi-K2)"])
@@ -231,19 +241,21 @@ def test_cache_takes_70272_bytes_per_token_at_the_released_sizes():
     assert sum(tensor.nbytes for tensor in cache.past_key_values) == 16 * 61 * (64 + 512) * 2 == 16 * 70272
 
 
-def test_prefill_costs_192_and_128_wide_heads_at_the_released_sizes():
-    """Counted on the meta device: projections, and 128 heads that are 192 and 128 wide, not 576 and 512."""
-    config, tokens = make_config(RELEASED), 512
+@pytest.mark.parametrize("tokens", [512, 2048])
+def test_prefill_costs_192_and_128_wide_heads_at_the_released_sizes(tokens):
+    """Counted on the meta device: projections, and 128 heads that are 192 and 128 wide, not 576 and 512. Of the pairs of
+    blocks of 512 queries and keys, those above the diagonal are left out."""
+    config = make_config(RELEASED)
     if backend.NAME == "nxdi":
         nxdi.init_cpu_parallel()
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         attention = DeepseekV3Attention(config)
-        hidden_states = torch.empty(1, tokens, 7168)
-        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool)
-        attention(hidden_states, mask, torch.zeros(1, tokens, dtype=torch.int64))
+        attention(torch.empty(1, tokens, 7168), None, torch.zeros(1, tokens, dtype=torch.int64))
     down, up = 7168 * (1536 + 512 + 64), 1536 * 128 * 192 + 512 * 128 * (128 + 128)
-    projections = down + up + 128 * 128 * 7168
-    assert counter.get_total_flops() == 2 * tokens * (projections + 128 * tokens * (192 + 128))
+    projections = tokens * (down + up + 128 * 128 * 7168)
+    blocks = tokens // 512
+    pairs = 512**2 * blocks * (blocks + 1) // 2
+    assert counter.get_total_flops() == 2 * (projections + 128 * pairs * (192 + 128))
 
 
 def test_state_dict_has_exactly_the_tensors_of_the_model(checkpoint):

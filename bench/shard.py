@@ -1,0 +1,111 @@
+"""Sharding of 48 experts at the released sizes for 64 ranks: 2.1 GB of FP8 become 4.2 GB of BF16.
+
+Prints seconds and the ratios to two baselines of the same run: plainly writing as many bytes in as many files, each
+with fsync, and the straightforward path in torch. The plain write also warms up: a virtual machine may be given its
+memory only when it is first written to.
+
+    python bench/shard.py [--folder /dev/shm] [--experts 48] [--skip-straightforward]
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from checkpoints import ONE_LAYER, write_random
+from nxdi_deepseek.checkpoint.layout import model_layout
+from nxdi_deepseek.checkpoint.plan import ShardPlan, sharding_config
+from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
+from safetensors.torch import load_file, save_file
+
+TP_DEGREE = 64
+
+
+def straightforward(model_dir, out_dir):
+    """Everything in memory, a torch operation per step: load, weight.to(float32) * scale, fuse, split, save."""
+    config = sharding_config(model_dir, TP_DEGREE, "bfloat16")
+    stored = {}
+    for file in sorted(Path(model_dir).glob("*.safetensors")):
+        stored.update(load_file(file))
+    model = {}
+    for spec in model_layout(config):
+        parts = [dequantized(stored, source.name) for source in spec.sources]
+        if len(spec.shape) < 3:
+            model[spec.name] = torch.cat(parts)
+        elif spec.stride == 2:
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            model[spec.name] = torch.stack([torch.cat([gate.T, up.T], dim=1) for gate, up in pairs])
+        else:
+            model[spec.name] = torch.stack([part.T for part in parts])
+    out_dir.mkdir()
+    for rank in range(TP_DEGREE):
+        shards = {}
+        for spec in model_layout(config):
+            tensor = model[spec.name]
+            if spec.partition_dim is not None:
+                chunks = tensor.chunk(TP_DEGREE * spec.stride, spec.partition_dim)[rank::TP_DEGREE]
+                tensor = torch.cat(chunks, spec.partition_dim)
+            shards[spec.name] = tensor.contiguous()
+        save_file(shards, out_dir / f"tp{rank}_sharded_checkpoint.safetensors")
+
+
+def dequantized(stored, name):
+    weight, scale = stored[name], stored.get(name + "_scale_inv")
+    if scale is None:
+        return weight.to(torch.bfloat16)
+    spread = scale.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return (weight.to(torch.float32) * spread).to(torch.bfloat16)
+
+
+def plain_write(folder, files, size):
+    """Seconds of writing `files` files of `size` bytes one after the other, each with fsync; removes them."""
+    block = os.urandom(1 << 24)
+    start = time.perf_counter()
+    for i in range(files):
+        with (folder / f"plain{i}").open("wb", buffering=0) as file:
+            left = size
+            while left > 0:
+                left -= file.write(block[:left])
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    for i in range(files):
+        (folder / f"plain{i}").unlink()
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="/dev/shm", help="folder for the checkpoint")
+    parser.add_argument("--folder", default="/dev/shm", help="folder for the output")
+    parser.add_argument("--experts", type=int, default=48)
+    parser.add_argument("--skip-straightforward", action="store_true", help="it takes most of the time")
+    args = parser.parse_args()
+    fields = ONE_LAYER | {"n_routed_experts": args.experts}
+    with tempfile.TemporaryDirectory(dir=args.source) as source, tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        size = write_random(source, fields)
+        print(
+            f"{args.experts} experts of {fields['hidden_size']}x{fields['moe_intermediate_size']}, {size / 1e9:.2f} GB"
+        )
+        file_bytes = ShardPlan(sharding_config(source, TP_DEGREE, "bfloat16"), folder).file_bytes
+        plain = plain_write(Path(folder), TP_DEGREE, file_bytes)
+        print(f"plain write with fsync: {plain:.2f} s for {TP_DEGREE * file_bytes / 1e9:.2f} GB")
+
+        out = Path(folder) / "out"
+        summary = shard_checkpoint(source, out, TP_DEGREE)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"shard_checkpoint: {summary.seconds:.2f} s, peak RSS {peak:.2f} GiB")
+        print(f"ratio to the plain write: {summary.seconds / plain:.2f}")
+        shutil.rmtree(out)
+        if not args.skip_straightforward:
+            start = time.perf_counter()
+            straightforward(source, out)
+            seconds = time.perf_counter() - start
+            print(f"straightforward: {seconds:.2f} s, {seconds / summary.seconds:.1f} times as long")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What an unfinished run has on the disk: one line per finished unit, written only after its data is durable."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import CheckpointError
+from .files import sync_folder
+
+_REMEDY = "run without --resume to start over"
+
+
+class Journal:
+    """`digests` is uint64 [units, ranks], the checksum of each region; `done` is bool [units]."""
+
+    def __init__(self, path: Path, identity: dict[str, Any], units: int, ranks: list[int]):
+        self.path, self.identity, self.ranks = path, identity, ranks
+        self.digests = np.zeros((units, len(ranks)), np.uint64)
+        self.done = np.zeros(units, np.bool_)
+
+    def create(self) -> None:
+        with self.path.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(self.identity | {"ranks": self.ranks}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(self.path.parent)
+
+    def load(self) -> None:
+        """Takes up an earlier run, with its ranks. Raises CheckpointError when it had another source, dtype or so."""
+        content = self.path.read_bytes()
+        lines = content.split(b"\n")[:-1]  # what follows the last line end was cut off by a crash
+        found = json.loads(lines[0]) if lines else {}
+        differing = [key for key, value in self.identity.items() if found.get(key) != value]
+        if differing:
+            raise CheckpointError(f"{self.path}: the unfinished run had another {', '.join(differing)}; {_REMEDY}")
+        self.ranks = found["ranks"]
+        self.digests = np.zeros((len(self.done), len(self.ranks)), np.uint64)
+        for line in lines[1:]:
+            unit, digests = json.loads(line)
+            self.digests[unit] = np.frombuffer(bytes.fromhex(digests), ">u8")
+            self.done[unit] = True
+        os.truncate(self.path, sum(len(line) + 1 for line in lines))
+
+    def append(self, units: Iterable[int]) -> None:
+        """Notes units as done, durably. Their data must be on the disk, their digests in `digests`."""
+        with self.path.open("a", encoding="utf-8") as file:
+            for unit in units:
+                file.write(json.dumps([unit, self.digests[unit].astype(">u8").tobytes().hex()]) + "\n")
+                self.done[unit] = True
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,137 @@
+"""What sharding a checkpoint makes: parts of the model, their files, and where each unit's regions go in them."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
+from ..errors import ConfigError
+from .header import TensorEntry, build_header
+from .layout import model_layout, mtp_layers, mtp_layout, rank_tensor_names
+from .planned_file import PlannedFile
+from .units import Region, Unit, plan_units
+
+if TYPE_CHECKING:
+    from .reader import CheckpointReader
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+FORMAT_NAME = {torch.bfloat16: "BF16", torch.float32: "F32"}
+MODEL, MTP = "model", "mtp"
+# Below the output folder; `weights` is where NxDI's load() looks.
+_FOLDERS = {MODEL: "weights", MTP: "mtp/weights"}
+# All threads together; fewer run where a unit needs more than its share.
+_WORKING_MEMORY = 1 << 30
+
+
+class ShardPlan:
+    """One part of a model (`model` or `mtp`) cut for `tp_degree` ranks in `config.neuron_config.torch_dtype`."""
+
+    def __init__(self, config: DeepseekV3InferenceConfig, out_dir: str | Path, part: str = MODEL):
+        self.config, self.part = config, part
+        self.tp_degree: int = config.neuron_config.tp_degree
+        self.dtype: torch.dtype = config.neuron_config.torch_dtype
+        self.folder = part_folder(out_dir, part)
+        layers = mtp_layers(config) if part == MTP else None
+        if part == MTP and not layers:
+            raise ConfigError("config.json: num_nextn_predict_layers is 0: the checkpoint has no MTP layer to write")
+        self.specs = list(mtp_layout(config) if part == MTP else model_layout(config))
+        self.rank_tensors = list(rank_tensor_names(config, layers))
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        return list(plan_units(self.specs))
+
+    def file(self, rank: int) -> PlannedFile:
+        """The file of a rank as NxDI's ModelBuilder.shard_checkpoint writes it."""
+        return PlannedFile(self.folder / file_name(rank), *self._header)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.file(0).size
+
+    @cached_property
+    def _header(self) -> tuple[bytes, dict[str, TensorEntry]]:
+        return build_header(self._rank_file_tensors())
+
+    def _rank_file_tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        for spec in self.specs:
+            yield spec.name, FORMAT_NAME[spec.dtype(self.dtype)], spec.rank_shape(self.tp_degree)
+        for name in self.rank_tensors:
+            yield name, "I32", (1,)
+
+    def region_offset(self, unit: Unit, region: Region) -> int:
+        """Bytes from the start of the tensor in a rank's file."""
+        _, rows, columns = unit.spec.grid.rank_shape(self.tp_degree)
+        return (unit.expert * rows + region.start) * columns * unit.spec.dtype(self.dtype).itemsize
+
+    def unit_output_bytes(self, i: int, ranks: Sequence[int]) -> int:
+        """Bytes of unit i in the files of `ranks`, all together."""
+        unit = self.units[i]
+        regions = (unit.region(rank, self.tp_degree) for rank in ranks)
+        elements = sum((region.stop - region.start) * region.columns for region in regions if region)
+        return elements * unit.spec.dtype(self.dtype).itemsize
+
+    def units_of_tensors(self, rank: int) -> dict[str, list[int]]:
+        """The units that make up a rank's part of each tensor, in order."""
+        indices: dict[str, list[int]] = {}
+        for i, unit in enumerate(self.units):
+            if unit.spec.grid.axis != 1 or unit.region(rank, self.tp_degree):
+                indices.setdefault(unit.spec.name, []).append(i)
+        return indices
+
+    def affordable_jobs(self, reader: "CheckpointReader") -> int:
+        """How many units can be in work at a time within the memory set aside for that."""
+        largest = {(spec.grid, spec.sources[0].name): unit for unit in self.units for spec in [unit.spec]}
+        return max(1, _WORKING_MEMORY // max(self._memory(unit, reader) for unit in largest.values()))
+
+    def _memory(self, unit: Unit, reader: "CheckpointReader") -> int:
+        """Bytes that a thread needs for a unit: its sources as stored and converted, and one region."""
+        grid, size = unit.spec.grid, 0
+        rows = unit.stop - unit.start
+        for source, block in zip(unit.sources(), grid.blocks, strict=True):
+            read_rows = block.rows if block.transposed else min(rows, block.rows)
+            entry = reader.entries[source.name]
+            # FP8 is decoded from where it was read; other dtypes may pass through copies of 4 bytes each.
+            size += read_rows * (entry.row_bytes if entry.dtype == "F8_E4M3" else entry.row_bytes + 8 * block.columns)
+        _, rank_rows, rank_columns = grid.rank_shape(self.tp_degree)
+        return size + min(rows, rank_rows) * rank_columns * unit.spec.dtype(self.dtype).itemsize
+
+
+def part_folder(out_dir: str | Path, part: str) -> Path:
+    return Path(out_dir) / _FOLDERS[part]
+
+
+def file_name(rank: int) -> str:
+    return f"tp{rank}_sharded_checkpoint.safetensors"
+
+
+def sharding_config(model_dir: str | Path, tp_degree: int, dtype: str) -> DeepseekV3InferenceConfig:
+    """The config of the checkpoint for `tp_degree` ranks. Raises ConfigError for a degree or dtype that cannot be."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}")
+    if tp_degree < 1:
+        raise ConfigError(f"tp_degree {tp_degree} must be at least 1")
+    neuron_config = DeepseekV3NeuronConfig(tp_degree=tp_degree, torch_dtype=DTYPES[dtype])
+    return DeepseekV3InferenceConfig(neuron_config, load_config=load_pretrained_config(model_dir))
+
+
+def parse_ranks(text: str | None, tp_degree: int) -> list[int]:
+    """`0-7,32` as a list; all ranks for None. Raises ConfigError when it names a rank that does not exist."""
+    if text is None:
+        return list(range(tp_degree))
+    ranks: set[int] = set()
+    for word in text.split(","):
+        first, dash, last = word.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(f"--ranks {text!r}: give numbers and ranges, for example 0-7,32")
+        ranks.update(range(int(first), int(last or first) + 1))
+    return check_ranks(ranks, tp_degree)
+
+
+def check_ranks(ranks: Sequence[int] | set[int], tp_degree: int) -> list[int]:
+    if not ranks or min(ranks) < 0 or max(ranks) >= tp_degree:
+        raise ConfigError(f"ranks {sorted(ranks)} are not all in 0..{tp_degree - 1}, those of tp_degree {tp_degree}")
+    return sorted(set(ranks))

@@ -1,0 +1,240 @@
+"""Shards a checkpoint into one file per rank: bounded memory, all cores, resumable, nothing half-written."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config import read_config_json
+from ..errors import CheckpointError, report_problems
+from .checks import scale_problems, tensor_problems, weight_block_size
+from .decoder import UnitDecoder
+from .files import locked_folder, sync_folder
+from .journal import Journal
+from .layout import model_layout
+from .manifest import Manifest, digest, tensor_checksum
+from .parallel import cpu_count, run_threads
+from .plan import MODEL, MTP, ShardPlan, check_ranks, sharding_config
+from .planned_file import PlannedFile
+from .progress import Progress, ProgressCallback, format_bytes
+from .reader import CheckpointReader
+
+if TYPE_CHECKING:
+    from ..config import DeepseekV3InferenceConfig
+
+JOURNAL_FILE = "unfinished.jsonl"
+# What is finished is made durable and noted this often: as much work as a crash can cost.
+SYNC_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """Of one run: files and bytes written, seconds, bytes that an earlier run had written already."""
+
+    folders: tuple[Path, ...]
+    files: int
+    bytes: int
+    resumed: int
+    seconds: float
+
+
+def shard_checkpoint(
+    model_dir: str | Path,
+    out_dir: str | Path,
+    tp_degree: int,
+    dtype: str = "bfloat16",
+    ranks: Sequence[int] | None = None,
+    jobs: int | None = None,
+    resume: bool = False,
+    with_mtp: bool = False,
+    progress: ProgressCallback | None = None,
+) -> ShardSummary:
+    """Writes OUT_DIR/weights/tp{rank}_sharded_checkpoint.safetensors, the files of NxDI's own sharding.
+
+    dtype: "bfloat16" or "float32". ranks: all if not given. jobs: threads, one per core if not given. resume: keep what
+    an interrupted run finished, and files that are complete. with_mtp: write the MTP layers to OUT_DIR/mtp/weights too.
+    progress is called with a Progress after each piece of work, in the calling thread.
+
+    Raises ConfigError or CheckpointError, before any file is written for everything that is wrong with the checkpoint
+    except NaN among the weights. What was finished until then is kept for `resume`.
+    """
+    start = time.monotonic()
+    config = sharding_config(model_dir, tp_degree, dtype)
+    ranks = check_ranks(range(tp_degree) if ranks is None else ranks, tp_degree)
+    plans = [ShardPlan(config, out_dir, part) for part in ([MODEL, MTP] if with_mtp else [MODEL])]
+    with closing(open_checked(model_dir, config, plans)) as reader, ExitStack() as locks:
+        for plan in plans:
+            locks.enter_context(locked_folder(plan.folder))
+        runs = [_PartRun(plan, reader, ranks, resume) for plan in plans]
+        total = sum(run.total for run in runs)
+        for run in runs:
+            with closing(run.execute(jobs or cpu_count())) as steps:
+                for _ in steps:
+                    if progress:
+                        done, resumed = sum(run.done for run in runs), sum(run.resumed for run in runs)
+                        progress(Progress(done, total, time.monotonic() - start, resumed))
+    resumed = sum(run.resumed for run in runs)
+    folders = tuple(plan.folder for plan in plans)
+    files = sum(len(run.pending) for run in runs)
+    return ShardSummary(folders, files, total - resumed, resumed, time.monotonic() - start)
+
+
+def open_checked(
+    model_dir: str | Path, config: "DeepseekV3InferenceConfig", plans: Sequence[ShardPlan]
+) -> CheckpointReader:
+    """The checkpoint, if its headers and scales are in order; else one CheckpointError that tells of everything."""
+    reader = CheckpointReader(model_dir)
+    specs = {spec.name: spec for plan in plans for spec in plan.specs}
+    whole = {spec.name: spec for spec in model_layout(config)} | specs
+    problems = reader.problems + tensor_problems(reader, config, list(whole.values()))
+    problems += scale_problems(reader, list(specs.values()))
+    report_problems(f"{model_dir}: checkpoint does not fit config.json", problems)
+    return reader
+
+
+class _PartRun:
+    """Sharding one part of the model into the ranks' files that are not complete yet (`pending`).
+
+    total, done and resumed (done by an earlier run) count bytes of these files.
+    """
+
+    def __init__(self, plan: ShardPlan, reader: CheckpointReader, ranks: list[int], resume: bool):
+        self._plan, self._reader, self._resume = plan, reader, resume
+        self._manifest = Manifest.of_plan(plan, reader.stamps(), read_config_json(reader.model_dir))
+        self._take_over_manifest()
+        self.pending = [rank for rank in ranks if not self._is_complete(rank)]
+        self._files = {rank: plan.file(rank) for rank in self.pending}
+        self.total = plan.file_bytes * len(self.pending)
+        self.done = self.resumed = 0
+
+    def execute(self, jobs: int) -> Iterator[None]:
+        """Does the work, and lets the caller look in after every unit."""
+        if not self.pending:
+            # A run that was stopped after its last file got its name may have left the journal.
+            (self._plan.folder / JOURNAL_FILE).unlink(missing_ok=True)
+            return
+        try:
+            journal = self._open_files()
+            yield from self._write_units(journal, jobs)
+            self._finish(journal)
+            self.done = self.total
+            yield
+        finally:
+            for file in self._files.values():
+                file.close()
+
+    def _take_over_manifest(self) -> None:
+        found = Manifest.load(self._plan.folder)
+        if found is None:
+            return
+        differing = [key for key, value in self._manifest.identity.items() if found.identity[key] != value]
+        if differing:
+            raise CheckpointError(
+                f"{self._plan.folder}: holds rank files of another {', '.join(differing)}; choose another folder"
+            )
+        self._manifest.checksums = found.checksums
+
+    def _is_complete(self, rank: int) -> bool:
+        path = self._plan.file(rank).path
+        if not path.exists():
+            return False
+        if not self._resume:
+            raise CheckpointError(f"{path}: exists; add --resume to keep what is complete, or choose another folder")
+        if rank not in self._manifest.checksums or path.stat().st_size != self._plan.file_bytes:
+            raise CheckpointError(f"{path}: not a complete file of this sharding; remove it")
+        return True
+
+    def _open_files(self) -> Journal:
+        """New files, or those of the unfinished run."""
+        folder, files = self._plan.folder, list(self._files.values())
+        journal = Journal(folder / JOURNAL_FILE, self._manifest.identity, len(self._plan.units), self.pending)
+        if self._resume and journal.path.exists():
+            journal.load()
+            unfinished = [rank for rank in journal.ranks if not self._plan.file(rank).path.exists()]
+            if unfinished != self.pending:
+                raise CheckpointError(f"{folder}: the unfinished run was for ranks {journal.ranks}; resume with those")
+            if not all(file.reopen() for file in files):
+                raise CheckpointError(f"{folder}: files of the unfinished run are gone; run without --resume")
+            self.resumed = self.done = sum(self._unit_bytes(i) for i in np.flatnonzero(journal.done))
+            return journal
+        self._check_space(files)
+        for rank, file in self._files.items():
+            file.create()
+            for name in self._plan.rank_tensors:
+                file.write(name, rank_value(rank))
+        journal.create()
+        return journal
+
+    def _check_space(self, files: list[PlannedFile]) -> None:
+        folder = self._plan.folder
+        free = shutil.disk_usage(folder).free
+        free += sum(file.partial.stat().st_blocks * 512 for file in files if file.partial.exists())
+        if self.total > free:
+            raise CheckpointError(
+                f"{folder}: disk full: {format_bytes(self.total)} needed, {format_bytes(free)} free; "
+                "free some, or write some ranks elsewhere with --ranks"
+            )
+
+    def _write_units(self, journal: Journal, jobs: int) -> Iterator[None]:
+        plan, columns = self._plan, {rank: journal.ranks.index(rank) for rank in self.pending}
+        decoder = UnitDecoder(self._reader, plan.dtype, weight_block_size(plan.config), plan.tp_degree, self.pending)
+
+        def write(i: int) -> int:
+            unit = plan.units[i]
+            for ranks, region, bits in decoder.regions(unit):
+                offset, checksum = plan.region_offset(unit, region), digest(bits)
+                for rank in ranks:
+                    self._files[rank].write(unit.spec.name, bits, offset)
+                    journal.digests[i, columns[rank]] = checksum
+            return i
+
+        finished, synced = [], time.monotonic()
+        try:
+            todo = iter(np.flatnonzero(~journal.done).tolist())
+            for i in run_threads(todo, write, min(jobs, plan.affordable_jobs(self._reader))):
+                finished.append(i)
+                self.done += self._unit_bytes(i)
+                if time.monotonic() - synced > SYNC_SECONDS:
+                    self._sync(journal, finished)
+                    finished, synced = [], time.monotonic()
+                yield
+        finally:
+            self._sync(journal, finished)
+
+    def _sync(self, journal: Journal, finished: list[int]) -> None:
+        self._reader.check_unchanged()
+        for file in self._files.values():
+            file.sync()
+        journal.append(finished)
+
+    def _finish(self, journal: Journal) -> None:
+        """Gives the files their names. The manifest knows of them before, and the journal until all have theirs."""
+        for rank in self.pending:
+            digests = journal.digests[:, journal.ranks.index(rank)]
+            self._manifest.checksums[rank] = self._checksums(rank, digests)
+        self._manifest.save(self._plan.folder)
+        for file in self._files.values():
+            file.commit()
+        sync_folder(self._plan.folder)
+        journal.path.unlink(missing_ok=True)
+        sync_folder(self._plan.folder)
+
+    def _checksums(self, rank: int, digests: np.ndarray) -> dict[str, str]:
+        units = self._plan.units_of_tensors(rank)
+        own = tensor_checksum(np.array([digest(rank_value(rank))], np.uint64))
+        return {name: tensor_checksum(digests[i]) for name, i in units.items()} | dict.fromkeys(
+            self._plan.rank_tensors, own
+        )
+
+    def _unit_bytes(self, i: int) -> int:
+        return self._plan.unit_output_bytes(i, self.pending)
+
+
+def rank_value(rank: int) -> np.ndarray:
+    """The content of a rank tensor."""
+    return np.array([rank], np.int32)
