@@ -30,11 +30,15 @@ _DIMENSIONS = ("vocab_size", "hidden_size", "num_hidden_layers", "n_routed_exper
 
 @dataclass
 class Entry:
-    """One prompt: its text (None where it was given as ids), its token ids, and the tokens that follow."""
+    """One prompt: its text (None where it was given as ids), its token ids, and the tokens that the logits belong to.
+
+    own_tokens: of a run that was given the golden tokens, those that it would have chosen itself.
+    """
 
     text: str | None
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
+    own_tokens: list[int] | None = None
 
 
 @dataclass
