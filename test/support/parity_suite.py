@@ -243,8 +243,10 @@ def test_cache_takes_70272_bytes_per_token_at_the_released_sizes():
 
 @pytest.mark.parametrize("tokens", [512, 2048])
 def test_prefill_costs_192_and_128_wide_heads_at_the_released_sizes(tokens):
-    """Counted on the meta device: projections, and 128 heads that are 192 and 128 wide, not 576 and 512. Of the pairs of
-    blocks of 512 queries and keys, those above the diagonal are left out."""
+    """Counted on the meta device: projections, and 128 heads that are 192 and 128 wide, not 576 and 512.
+
+    Of the pairs of blocks of 512 queries and keys, those above the diagonal are left out.
+    """
     config = make_config(RELEASED)
     if backend.NAME == "nxdi":
         nxdi.init_cpu_parallel()
