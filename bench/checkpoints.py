@@ -103,8 +103,7 @@ def write_sparse(model_dir, fields, shards=163):
         head, entries = build_header(part)
         with (model_dir / file).open("wb") as out:
             out.write(head)
-            out.truncate(len(head) + sum(entry.nbytes for entry in entries.values()))
-            size += out.truncate()
+            size += out.truncate(len(head) + sum(entry.nbytes for entry in entries.values()))
         weight_map.update((name, file) for name, _, _ in part)
     _write_json(model_dir, fields, weight_map)
     return len(tensors), size
