@@ -10,9 +10,11 @@ import tempfile
 import time
 from unittest.mock import patch
 
-from checkpoints import ONE_LAYER, RELEASED, write_sparse
+from checkpoints import ONE_LAYER, RELEASED
 from nxdi_deepseek.checkpoint import planned_file
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
+from nxdi_deepseek.checkpoint.summary import inspect_checkpoint
+from nxdi_deepseek.synthetic import write_sparse_checkpoint
 
 CASES = {"layer": (ONE_LAYER, range(4)), "model": (RELEASED, [0])}
 
@@ -24,8 +26,9 @@ def main():
     args = parser.parse_args()
     fields, ranks = CASES[args.case]
     with tempfile.TemporaryDirectory(dir=args.folder) as source, tempfile.TemporaryDirectory(dir=args.folder) as out:
-        tensors, size = write_sparse(source, fields)
-        print(f"{tensors} tensors, {size / 1e9:.1f} GB apparent")
+        write_sparse_checkpoint(source, fields)
+        summary = inspect_checkpoint(source)
+        print(f"{summary.tensors} tensors, {sum(summary.bytes_by_dtype.values()) / 1e9:.1f} GB apparent")
         show("before")
         if args.case == "model":
             # Its 23 GB of zeros would be written for nothing.

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from . import backend
 from .checkpoint.convert import StateDictSource, neuron_state_dict
 from .checkpoint.reader import CheckpointReader
+from .checkpoint.sharder import shard_checkpoint
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from .errors import ConfigError
 from .mla import absorbed_attention, expanded_attention
@@ -411,8 +412,29 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
     def checkpoint_loader_fn(self, mmap: bool = False) -> dict[str, Tensor]:
         """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
+        return self.get_state_dict(self._checkpoint_dir(), self.config)
+
+    def shard_weights(
+        self, compiled_model_path: str, debug: bool = False, pre_shard_weights_hook: Callable[..., None] | None = None
+    ) -> None:
+        """Writes the files that NxDI's own writes, but streamed: NxDI holds all ranks in memory at once.
+
+        Files of the same sharding that are there already, of `nxdi-deepseek shard` or an earlier compile(), are kept.
+        """
+        neuron_config = self.neuron_config
+        if neuron_config.skip_sharding or not neuron_config.save_sharded_checkpoint:
+            return
+        if pre_shard_weights_hook:
+            pre_shard_weights_hook(self)
+        dtype = str(neuron_config.torch_dtype).removeprefix("torch.")
+        ranks = range(neuron_config.start_rank_id, neuron_config.start_rank_id + neuron_config.local_ranks_size)
+        tp_degree = neuron_config.tp_degree
+        shard_checkpoint(self._checkpoint_dir(), compiled_model_path, tp_degree, dtype, ranks=ranks, resume=True)
+
+    def _checkpoint_dir(self) -> str:
+        """The checkpoint that the config was read from: a model can be built from its compiled folder alone."""
         path = getattr(self.config, "_name_or_path", None)
-        return self.get_state_dict(path if path and os.path.isdir(path) else self.model_path, self.config)
+        return path if path and os.path.isdir(path) else self.model_path
 
     @staticmethod
     def update_state_dict_for_tied_weights(state_dict: dict[str, Tensor]) -> None:

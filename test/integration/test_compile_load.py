@@ -5,12 +5,14 @@ import pathlib
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import nxdi
 
 nxdi.require_nxdi()
 
 from neuronx_distributed_inference.models.config import OnDeviceSamplingConfig  # noqa: E402
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config  # noqa: E402
+from nxdi_deepseek.checkpoint.reader import CheckpointReader  # noqa: E402
 from nxdi_deepseek.errors import ConfigError  # noqa: E402
 from nxdi_deepseek.modeling_deepseek import (  # noqa: E402
     DeepseekV3InferenceConfig,
@@ -81,6 +83,26 @@ def test_a_model_from_the_compiled_folder_alone(checkpoint, tmp_path):
     logits = [model(input_ids=ids, position_ids=positions).logits for model in (first, again)]
     assert torch.equal(*logits)
     assert logits[0].shape[-1] == config.vocab_size
+
+
+def test_sharding_streams(checkpoint, tmp_path, monkeypatch):
+    """NxDI's way to shard, which begins by loading everything, is not taken; nor are finished files written again."""
+    config = make_config(checkpoint, tp_degree=2, torch_dtype=torch.float32, save_sharded_checkpoint=True)
+    model = NeuronDeepseekV3ForCausalLM(checkpoint, config)
+    monkeypatch.setattr(model, "checkpoint_loader_fn", None)
+    monkeypatch.setattr(model, "get_builder", None)
+    model.shard_weights(str(tmp_path))
+    files = [tmp_path / "weights" / f"tp{rank}_sharded_checkpoint.safetensors" for rank in range(2)]
+    ranks = [load_file(file) for file in files]
+    stored = CheckpointReader(checkpoint)
+    assert torch.equal(torch.cat([rank["lm_head.weight"] for rank in ranks]), stored.get("lm_head.weight"))
+    gate_up = [rank["layers.1.mlp.expert_mlps.mlp_op.gate_up_proj.weight"][3].chunk(2, dim=1) for rank in ranks]
+    for part, name in enumerate(("gate_proj", "up_proj")):
+        expert = torch.cat([halves[part] for halves in gate_up], dim=1).T
+        assert torch.equal(expert, stored.get(f"model.layers.1.mlp.experts.3.{name}.weight"))
+    written = [file.stat().st_mtime_ns for file in files]
+    model.shard_weights(str(tmp_path))
+    assert [file.stat().st_mtime_ns for file in files] == written
 
 
 def test_one_process_is_not_two_ranks(checkpoint):
