@@ -109,8 +109,8 @@ class DeepseekV3Attention(nn.Module):
         cos_cache: Tensor | None = None,
         sin_cache: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue, Tensor, Tensor]:
-        """hidden_states [B, S, H], position_ids [B, S]. With sequence parallelism, the hidden states of a prompt are this
-        rank's tokens, [B, S/TP, H], and so is the output.
+        """hidden_states [B, S, H], position_ids [B, S]. With sequence parallelism, the hidden states of a prompt are
+        this rank's tokens, [B, S/TP, H], and so is the output.
 
         Prompt (past_key_value None): causal, attention_mask is not read. Decoding: (k_pe [B, 1, L, P], latent
         [B, 1, L, R]) of the cache, attention_mask bool [B, 1, S, L] over it, active_mask [B, 1, S, S] among the new
