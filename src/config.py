@@ -50,9 +50,9 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
     """NxDI's MoENeuronConfig with the defaults that DeepSeek-V3 needs on trn2.
 
     The blockwise expert matmul defaults to the dynamic-while kernel sharded over blocks: the plain kernel of NxD 2.29
-    raises NotImplementedError for prompts of 64 tokens and more. Its blocks have 128 rows, the fewest that NxD's kernels
-    take: each expert may leave one block almost empty, so with 256 experts shorter blocks compute fewer rows for every
-    prompt up to 8192 tokens. Pass `blockwise_matmul_config` to choose otherwise.
+    raises NotImplementedError for prompts of 64 tokens and more. Its blocks have 128 rows, the fewest that NxD's
+    kernels take: each expert may leave one block almost empty, so with 256 experts shorter blocks compute fewer rows
+    for every prompt up to 8192 tokens. Pass `blockwise_matmul_config` to choose otherwise.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -217,8 +217,8 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
         for length in lengths or [neuron_config.max_context_length]:
             if length % tp or length < 2 * tp:
                 raise ConfigError(
-                    f"neuron_config: sequence_parallel_enabled needs prompt lengths that are a multiple of tp_degree {tp} "
-                    f"and at least {2 * tp}, not {length}; change max_context_length or context_encoding_buckets"
+                    f"neuron_config: sequence_parallel_enabled needs prompts of a multiple of tp_degree {tp} and at "
+                    f"least {2 * tp} tokens, not {length}; change max_context_length or context_encoding_buckets"
                 )
 
     def _validate_buckets(self, field: str, longest_field: str) -> None:

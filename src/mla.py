@@ -16,9 +16,8 @@ Both give the same numbers up to rounding. Softmax runs in float32 whatever the 
 import torch
 from torch import Tensor
 
-
-# Queries are taken in blocks of this many rows, so that the largest tensor of a long prompt is one block's scores and the
-# keys behind the diagonal block are left out. Longer prompts get longer blocks: each one is unrolled in a traced graph.
+# Queries are taken in blocks of this many rows, so that the largest tensor of a long prompt is one block's scores and
+# the keys behind the diagonal block are left out. Very long prompts get longer blocks: a traced graph unrolls them all.
 QUERY_BLOCK = 512
 MAX_QUERY_BLOCKS = 32
 

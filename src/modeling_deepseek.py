@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from . import backend
 from .checkpoint.convert import StateDictSource, neuron_state_dict
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.sharder import shard_checkpoint
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from .errors import ConfigError
 from .mla import absorbed_attention, expanded_attention
@@ -109,8 +108,8 @@ class DeepseekV3Attention(nn.Module):
         cos_cache: Tensor | None = None,
         sin_cache: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue, Tensor, Tensor]:
-        """hidden_states [B, S, H], position_ids [B, S]. With sequence parallelism, the hidden states of a prompt are this
-        rank's tokens, [B, S/TP, H], and so is the output.
+        """hidden_states [B, S, H], position_ids [B, S]. With sequence parallelism, the hidden states of a prompt are
+        this rank's tokens, [B, S/TP, H], and so is the output.
 
         Prompt (past_key_value None): causal, attention_mask is not read. Decoding: (k_pe [B, 1, L, P], latent
         [B, 1, L, R]) of the cache, attention_mask bool [B, 1, S, L] over it, active_mask [B, 1, S, S] among the new
@@ -421,6 +420,8 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
         Files of the same sharding that are there already, of `nxdi-deepseek shard` or an earlier compile(), are kept.
         """
+        from .checkpoint.sharder import shard_checkpoint
+
         neuron_config = self.neuron_config
         if neuron_config.skip_sharding or not neuron_config.save_sharded_checkpoint:
             return

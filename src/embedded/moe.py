@@ -41,12 +41,16 @@ class ExpertMLPs(nn.Module):
 
     def forward(self, hidden_states: Tensor, expert_affinities: Tensor, expert_index: Tensor) -> Tensor:
         """hidden_states [T, H], expert_affinities [T, E] final weights, expert_index [T, K]. Returns [T, H]."""
-        output = torch.zeros_like(hidden_states)
-        for expert in expert_index.unique().tolist():
-            tokens = (expert_index == expert).any(dim=-1).nonzero().squeeze(-1)
-            weighted = self.mlp_op(hidden_states[tokens], expert) * expert_affinities[tokens, expert, None]
-            output.index_add_(0, tokens, weighted)
-        return output
+        experts, order = expert_index.flatten().sort(stable=True)
+        tokens = order // expert_index.shape[1]
+        grouped = hidden_states[tokens]  # [T * K, H], the tokens of each expert next to each other
+        start = 0
+        for expert, count in zip(*(x.tolist() for x in experts.unique_consecutive(return_counts=True)), strict=True):
+            group = slice(start, start + count)
+            grouped[group] = self.mlp_op(grouped[group], expert)
+            start += count
+        grouped *= expert_affinities[tokens, experts, None]
+        return torch.zeros_like(hidden_states).index_add_(0, tokens, grouped)
 
 
 class SharedExperts(nn.Module):

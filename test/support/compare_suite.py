@@ -12,7 +12,7 @@ from nxdi_deepseek.cli import main
 from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from support import faults
+from support import planted_faults as faults
 from support.models import CONFIGS, load_model, random_prompts
 
 NEW_TOKENS = 8

@@ -6,6 +6,7 @@ from nxdi_deepseek import backend
 from nxdi_deepseek.modeling_deepseek import DeepseekV3Attention, LatentKVCacheManager
 from nxdi_deepseek.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from nxdi_deepseek.tiny_model import TINY_MODEL_DIR, load_goldens
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -243,8 +244,10 @@ def test_cache_takes_70272_bytes_per_token_at_the_released_sizes():
 
 @pytest.mark.parametrize("tokens", [512, 2048])
 def test_prefill_costs_192_and_128_wide_heads_at_the_released_sizes(tokens):
-    """Counted on the meta device: projections, and 128 heads that are 192 and 128 wide, not 576 and 512. Of the pairs of
-    blocks of 512 queries and keys, those above the diagonal are left out."""
+    """Counted on the meta device: projections, and 128 heads that are 192 and 128 wide, not 576 and 512.
+
+    Of the pairs of blocks of 512 queries and keys, those above the diagonal are left out.
+    """
     config = make_config(RELEASED)
     if backend.NAME == "nxdi":
         nxdi.init_cpu_parallel()
@@ -256,6 +259,32 @@ def test_prefill_costs_192_and_128_wide_heads_at_the_released_sizes(tokens):
     blocks = tokens // 512
     pairs = 512**2 * blocks * (blocks + 1) // 2
     assert counter.get_total_flops() == 2 * (projections + 128 * pairs * (192 + 128))
+
+
+def shipped_model_on_goldens(dtype):
+    """The goldens, and the shipped model's logits [8, 64, V] when it is fed the golden tokens."""
+    goldens = load_goldens()
+    session = Session(load_model(TINY_MODEL_DIR, batch_size=8, seq_len=656, torch_dtype=dtype))
+    logits = [session.prefill(goldens.prompts)]
+    logits += [session.decode(tokens) for tokens in goldens.tokens[:, :-1].T.tolist()]
+    return goldens, torch.stack(logits, dim=1)
+
+
+def test_shipped_model_in_float32_reproduces_its_goldens():
+    goldens, logits = shipped_model_on_goldens(torch.float32)
+    assert torch.equal(logits.argmax(-1), goldens.tokens)
+    torch.testing.assert_close(logits, goldens.logits, rtol=0, atol=TOLERANCE)
+
+
+def test_shipped_model_in_bfloat16_departs_from_its_goldens_only_at_ties():
+    """99 % of the tokens agree; at the others, rounding each of the two best golden logits by one step makes a tie."""
+    goldens, logits = shipped_model_on_goldens(torch.bfloat16)
+    wrong = logits.argmax(-1) != goldens.tokens
+    first, second = goldens.logits.topk(2, dim=-1).values.unbind(-1)
+    margin = first - second
+    print("prompt, position, margin:", [(*at, margin[tuple(at)].item()) for at in wrong.nonzero().tolist()])
+    assert wrong.float().mean() <= 0.01
+    assert (margin <= 2 * torch.finfo(torch.bfloat16).eps * first)[wrong].all()
 
 
 def test_state_dict_has_exactly_the_tensors_of_the_model(checkpoint):
