@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +80,8 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         flips, origin = comparison.findings.flips, comparison.findings.origin
         yield f"trace: {origin or 'every module within rounding of golden'}"
         if flips:
-            yield f"other experts chosen {len(flips)} times, {sum(flip.is_tie for flip in flips)} of them ties"
+            kinds = Counter(flip.kind for flip in flips)
+            yield f"other experts chosen: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
         yield from (f"  {flip}" for flip in flips[:_LISTED_FLIPS])
     for gate, why in comparison.failures.items():
         yield f"FAILED {gate}: {why}"

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from nxdi_deepseek.accuracy.bisect import compare_traces, flip_margin
 from nxdi_deepseek.accuracy.compare import compare
 from nxdi_deepseek.accuracy.gates import DEFAULTS, failed_gates, read_gates
 from nxdi_deepseek.accuracy.metrics import pearson, row_errors, token_metrics
@@ -15,10 +16,11 @@ from nxdi_deepseek.accuracy.report import print_table, write_report
 from nxdi_deepseek.accuracy.rounding import tie_margin
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import ConfigError
+from safetensors.torch import save_file
 
 VOCAB, TOKENS = 64, 10
 SIZES = {"vocab_size": VOCAB, "hidden_size": 128, "num_hidden_layers": 2, "n_routed_experts": 8}
-SIZES["num_experts_per_tok"] = 2
+SIZES |= {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
 
 
 def recording(logits, own_tokens=None, dtype="float32", tokens=None):
@@ -51,6 +53,18 @@ def test_metrics_equal_their_definitions():
     assert pearson(golden, ours) == pytest.approx(float(expected), rel=1e-12)
 
 
+def test_margin_of_a_flip_is_that_of_the_choice_that_flipped():
+    """Groups (0.9 + 0.3) and (0.8 + 0.39): the first wins by 0.01, whatever its experts have."""
+    scores = torch.tensor([0.9, 0.3, 0.1, 0.8, 0.39, 0.2])
+
+    def margin(golden, ours):
+        chosen = (torch.zeros(6, dtype=torch.bool).scatter(0, torch.tensor(c), True) for c in (golden, ours))
+        return flip_margin(scores, *chosen, n_group=2, topk_group=1)
+
+    assert margin([0, 1], [3, 4]) == pytest.approx(0.01)
+    assert margin([0, 1], [0, 2]) == pytest.approx(0.2)
+
+
 def test_row_errors_count_what_is_not_finite():
     golden = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     ours = torch.tensor([[3.0, 4.5], [0.0, 0.0], [0.0, 1.0], [float("nan"), 0.0]])
@@ -67,7 +81,7 @@ def test_a_good_run_passes_and_a_bad_one_fails(golden):
 
 def test_a_tie_is_named_a_tie(golden):
     """Two logits closer than rounding change places: no failure of the model. Further apart, they are one."""
-    margin = float(tie_margin("float32", 2, 128, golden.logits[0][3]))
+    margin = float(tie_margin("float32", 2, 128, torch.tensor([20.0])))
     for distance, is_tie in ((margin / 2, True), (margin * 2, False)):
         golden.logits[0][3, 10], golden.logits[0][3, 11] = 20.0, 20.0 - distance
         tokens = golden.logits[0].argmax(-1).tolist()
@@ -105,6 +119,31 @@ def test_decode_and_prefill_are_compared_without_a_reference(golden):
     gate = {"decode_prefill_max_difference": 1e-3}
     assert compare(golden, run, gate, prefilled=[run.logits[0]]).passed
     assert not compare(golden, run, gate, prefilled=apart).passed
+
+
+def test_what_follows_a_tie_is_not_blamed(tmp_path):
+    """Position 2 flips in a tie at layers.0: there, and from there on in layers.1, nothing is judged; before it is."""
+    generator = torch.Generator().manual_seed(0)
+    golden = recording(torch.randn(4, VOCAB, generator=generator))
+    golden.save(tmp_path)
+    (tmp_path / "trace").mkdir()
+    ours = {}
+    scores = torch.tensor([0.9, 0.5, 0.5 - 1e-7, 0.1, 0.2, 0.1, 0.1, 0.1]).repeat(5, 1)
+    weights = (scores >= 0.5).float()
+    for stage in ("embed_tokens", "layers.0", "layers.1", "norm"):
+        values = {"0.output": torch.randn(5, 128, generator=generator)}
+        if stage.startswith("layers"):
+            values = {"0.mlp.router.scores": scores, "0.mlp.router.weights": weights} | values
+        save_file(values, tmp_path / "trace" / f"{stage}.safetensors")
+        ours[stage] = {name: value.clone() for name, value in values.items()}
+    ours["layers.0"]["0.mlp.router.weights"][2] = torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0])
+    ours["layers.0"]["0.output"][2] += 1
+    ours["layers.1"]["0.output"][2:] += 1
+    findings = compare_traces(golden, ours.__getitem__, "float32")
+    assert findings.origin is None
+    assert [(flip.position, flip.kind) for flip in findings.flips] == [(2, "a tie")]
+    ours["layers.1"]["0.output"][1] += 1
+    assert compare_traces(golden, ours.__getitem__, "float32").origin.name == "layers.1.output"
 
 
 @pytest.mark.parametrize(
