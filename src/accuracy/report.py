@@ -22,6 +22,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1f2933; max-width: 980px; 
 h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin: 1.6em 0 .4em }
 table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: right; border-bottom: 1px solid #e4e7eb }
 th:first-child, td:first-child { text-align: left } .pass { color: #207227 } .fail { color: #b42318 }
+pre { white-space: pre-wrap }
 .figures { display: flex; flex-wrap: wrap; gap: 12px } svg { border: 1px solid #e4e7eb }
 """
 
