@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nxdi_deepseek.checkpoint.fp8 import SCALE_SUFFIX, scale_shape
-from nxdi_deepseek.checkpoint.header import build_header
-from nxdi_deepseek.checkpoint.layout import model_layout, mtp_layout
+from nxdi_deepseek.checkpoint.layout import model_layout
 from nxdi_deepseek.checkpoint.reader import INDEX_FILE
 from nxdi_deepseek.config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig
 from nxdi_deepseek.synthetic import DEMO_CONFIG
@@ -50,13 +49,11 @@ _BLOCK = (128, 128)
 
 
 def sources(fields):
-    """(name, shape, whether it is FP8) of every weight, MTP included."""
+    """(name, shape, whether it is FP8) of every weight."""
     config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), **fields)
-    for layout in (model_layout, mtp_layout):
-        for spec in layout(config):
-            for source in spec.sources:
-                fp8 = source.name.endswith(("_proj.weight", "_with_mqa.weight")) and "eh_proj" not in source.name
-                yield source.name, source.shape, fp8
+    for spec in model_layout(config):
+        for source in spec.sources:
+            yield source.name, source.shape, source.name.endswith(("_proj.weight", "_with_mqa.weight"))
 
 
 def write_random(model_dir, fields, tensors_per_shard=48):
@@ -83,33 +80,6 @@ def write_random(model_dir, fields, tensors_per_shard=48):
         if len(shard) >= tensors_per_shard:
             flush()
     flush()
-    _write_json(model_dir, fields, weight_map)
-    return total
-
-
-def write_sparse(model_dir, fields, shards=163):
-    """The same headers without content: files of holes, which read as zeros. Returns (tensors, apparent bytes)."""
-    model_dir = Path(model_dir)
-    tensors = []
-    for name, shape, fp8 in sources(fields):
-        float32 = name.endswith("e_score_correction_bias")
-        tensors.append((name, "F8_E4M3" if fp8 else "F32" if float32 else "BF16", shape))
-        if fp8:
-            tensors.append((name + SCALE_SUFFIX, "F32", scale_shape(shape, _BLOCK)))
-    weight_map, size = {}, 0
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:06d}.safetensors"
-        part = tensors[i * len(tensors) // shards : (i + 1) * len(tensors) // shards]
-        head, entries = build_header(part)
-        with (model_dir / file).open("wb") as out:
-            out.write(head)
-            out.truncate(len(head) + sum(entry.nbytes for entry in entries.values()))
-            size += out.truncate()
-        weight_map.update((name, file) for name, _, _ in part)
-    _write_json(model_dir, fields, weight_map)
-    return len(tensors), size
-
-
-def _write_json(model_dir, fields, weight_map):
     (model_dir / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (model_dir / "config.json").write_text(json.dumps(fields))
+    return total

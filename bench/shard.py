@@ -1,8 +1,8 @@
 """Sharding of 48 experts at the released sizes for 64 ranks: 2.1 GB of FP8 become 4.2 GB of BF16.
 
 Prints seconds and the ratios to two baselines of the same run: plainly writing as many bytes in as many files, each
-with fsync, and the straightforward path in torch. The plain write comes first also because a virtual machine may be given
-its memory only when it is first written to.
+with fsync, and the straightforward path in torch. The plain write also warms up: a virtual machine may be given its
+memory only when it is first written to.
 
     python bench/shard.py [--folder /dev/shm] [--experts 48] [--skip-straightforward]
 """

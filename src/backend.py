@@ -47,6 +47,7 @@ if NAME == "nxdi":
             ParallelEmbedding,
             RowParallelLinear,
             build_moe,
+            gather_sequence,
             rmsnorm_cls,
         )
     except ImportError as error:
@@ -66,6 +67,7 @@ else:
         ParallelEmbedding,
         RowParallelLinear,
         build_moe,
+        gather_sequence,
         rmsnorm_cls,
     )
 
@@ -83,6 +85,7 @@ __all__ = [
     "RowParallelLinear",
     "build_moe",
     "describe",
+    "gather_sequence",
     "rmsnorm_cls",
 ]
 

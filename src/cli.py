@@ -10,8 +10,12 @@ from .errors import DeepseekError
 
 # Subcommand -> its module in `commands` and its line in --help. Modules are imported when their command runs.
 COMMANDS = {
-    "demo": ("demo", "write a small checkpoint, generate from it, compare every logit with Hugging Face"),
+    "demo": ("demo", "complete prompts with the small model that ships along, compare every logit with Hugging Face"),
     "generate": ("generate", "complete prompts with a checkpoint folder"),
+    "inspect": ("inspect", "what a checkpoint folder holds, from its headers, and what is wrong with it"),
+    "shard": ("shard", "write one file per rank from a checkpoint folder, as NxDI loads them"),
+    "verify": ("verify", "compare rank files with their checkpoint, bit for bit"),
+    "unshard": ("unshard", "turn rank files back into a Hugging Face checkpoint"),
     "inference-demo": ("inference_demo", "NxDI's inference_demo, with this model; takes all of its arguments"),
 }
 

@@ -38,7 +38,6 @@ _UNSUPPORTED = {
     "layer_boundary_markers": (False, "leave it off"),
     "attn_block_tkg_nki_kernel_enabled": (False, "NxDI's attention kernels do not cover latent attention"),
     "fused_qkv": (False, "leave it off; the down-projections are always fused"),
-    "sequence_parallel_enabled": (False, "sequence parallelism is not implemented"),
     "quantized": (False, "FP8 checkpoints are dequantized while loading"),
 }
 
@@ -51,15 +50,20 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
     """NxDI's MoENeuronConfig with the defaults that DeepSeek-V3 needs on trn2.
 
     The blockwise expert matmul defaults to the dynamic-while kernel sharded over blocks: the plain kernel of NxD 2.29
-    raises NotImplementedError for prompts of 64 tokens and more. Pass `blockwise_matmul_config` to choose another.
+    raises NotImplementedError for prompts of 64 tokens and more. Its blocks have 128 rows, the fewest that NxD's
+    kernels take: each expert may leave one block almost empty, so with 256 experts shorter blocks compute fewer rows
+    for every prompt up to 8192 tokens. Pass `blockwise_matmul_config` to choose otherwise.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault(
             "blockwise_matmul_config",
-            {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG"},
+            {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG", "block_size": 128},
         )
-        super().__init__(**_from_saved(kwargs))
+        try:
+            super().__init__(**_from_saved(kwargs))
+        except AssertionError as error:  # NxDI's way of refusing a value
+            raise ConfigError(f"neuron_config: {error}") from error
 
 
 def _from_saved(fields: dict[str, Any]) -> dict[str, Any]:
@@ -197,9 +201,25 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
                 raise ConfigError(f"neuron_config: {field} {value} is not tkg_batch_size {slots}; make them equal")
         if getattr(neuron_config, "output_logits", False) and not neuron_config.on_device_sampling_config:
             raise ConfigError("neuron_config: output_logits needs on_device_sampling_config; logits come without it")
+        if neuron_config.sequence_parallel_enabled:
+            self._validate_sequence_parallel()
         if neuron_config.enable_bucketing:
             self._validate_buckets("context_encoding_buckets", "max_context_length")
             self._validate_buckets("token_generation_buckets", "max_length")
+
+    def _validate_sequence_parallel(self) -> None:
+        neuron_config = self.neuron_config
+        tp = neuron_config.tp_degree
+        if neuron_config.ctx_batch_size != 1:
+            # NxD's MoE gathers the router's choices rank by rank, which is the order of the tokens for one prompt only.
+            raise ConfigError("neuron_config: sequence_parallel_enabled needs ctx_batch_size 1")
+        lengths = neuron_config.context_encoding_buckets if neuron_config.enable_bucketing else None
+        for length in lengths or [neuron_config.max_context_length]:
+            if length % tp or length < 2 * tp:
+                raise ConfigError(
+                    f"neuron_config: sequence_parallel_enabled needs prompts of a multiple of tp_degree {tp} and at "
+                    f"least {2 * tp} tokens, not {length}; change max_context_length or context_encoding_buckets"
+                )
 
     def _validate_buckets(self, field: str, longest_field: str) -> None:
         """The largest bucket must hold what the model promises to take, else it fails in the middle of serving."""

@@ -16,23 +16,30 @@ Both give the same numbers up to rounding. Softmax runs in float32 whatever the 
 import torch
 from torch import Tensor
 
+# Queries are taken in blocks of this many rows, so that the largest tensor of a long prompt is one block's scores and
+# the keys behind the diagonal block are left out. Very long prompts get longer blocks: a traced graph unrolls them all.
+QUERY_BLOCK = 512
+MAX_QUERY_BLOCKS = 32
+
 
 def expanded_attention(
-    q_nope_BNSD: Tensor,
-    q_pe_BNSP: Tensor,
-    k_nope_BNSD: Tensor,
-    k_pe_B1SP: Tensor,
-    v_BNSV: Tensor,
-    mask: Tensor,
-    scale: float,
+    q_nope_BNSD: Tensor, q_pe_BNSP: Tensor, k_nope_BNSD: Tensor, k_pe_B1SP: Tensor, v_BNSV: Tensor, scale: float
 ) -> Tensor:
-    """Attention among the tokens of a prompt. mask: bool, broadcastable to [B, N, S, S], True where a key is seen.
+    """Causal attention among the tokens of a prompt; padding on the right is seen by padding only.
 
     Returns [B, N, S, V].
     """
-    scores = q_nope_BNSD @ k_nope_BNSD.transpose(-1, -2) + q_pe_BNSP @ k_pe_B1SP.transpose(-1, -2)
-    probs = _softmax(scores, mask, scale)
-    return probs.to(v_BNSV.dtype) @ v_BNSV
+    length = q_nope_BNSD.shape[2]
+    rows = max(QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
+    q = torch.cat((q_nope_BNSD, q_pe_BNSP), dim=-1)
+    k = torch.cat((k_nope_BNSD, k_pe_B1SP.expand(-1, k_nope_BNSD.shape[1], -1, -1)), dim=-1)
+    blocks = []
+    for start in range(0, length, rows):
+        end = min(start + rows, length)
+        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
+        mask = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
+        blocks.append(_softmax(scores, mask, scale).to(v_BNSV.dtype) @ v_BNSV[:, :, :end])
+    return torch.cat(blocks, dim=2)
 
 
 def absorbed_attention(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from . import backend
 from .checkpoint.convert import StateDictSource, neuron_state_dict
 from .checkpoint.reader import CheckpointReader
+from .checkpoint.sharder import shard_checkpoint
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from .errors import ConfigError
 from .mla import absorbed_attention, expanded_attention
@@ -70,6 +71,7 @@ class DeepseekV3Attention(nn.Module):
         self.nope_dim, self.rope_dim, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.num_heads = config.num_attention_heads // neuron_config.tp_degree
         self.softmax_scale = config.softmax_scale
+        self.sequence_parallel = neuron_config.sequence_parallel_enabled
 
         heads, dtype = config.num_attention_heads, neuron_config.torch_dtype
         column = {"bias": False, "gather_output": False, "dtype": dtype}
@@ -92,6 +94,8 @@ class DeepseekV3Attention(nn.Module):
             input_is_parallel=True,
             dtype=dtype,
             reduce_dtype=neuron_config.rpl_reduce_dtype,
+            sequence_parallel_enabled=neuron_config.sequence_parallel_enabled,
+            sequence_dimension=1,
         )
         self.rotary_emb = DeepseekV3RotaryEmbedding(self.rope_dim, *config.rope_theta_and_scaling())
 
@@ -105,17 +109,20 @@ class DeepseekV3Attention(nn.Module):
         cos_cache: Tensor | None = None,
         sin_cache: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue, Tensor, Tensor]:
-        """hidden_states [B, S, H], position_ids [B, S].
+        """hidden_states [B, S, H], position_ids [B, S]. With sequence parallelism, the hidden states of a prompt are
+        this rank's tokens, [B, S/TP, H], and so is the output.
 
-        Prompt (past_key_value None): attention_mask bool [B, 1, S, S]. Decoding: (k_pe [B, 1, L, P], latent
-        [B, 1, L, R]) of the cache, attention_mask [B, 1, S, L] over it, active_mask [B, 1, S, S] among the new tokens
-        (None for one). Returns the output, the new tokens' (k_pe, latent), and cos, sin for the next layer.
+        Prompt (past_key_value None): causal, attention_mask is not read. Decoding: (k_pe [B, 1, L, P], latent
+        [B, 1, L, R]) of the cache, attention_mask bool [B, 1, S, L] over it, active_mask [B, 1, S, S] among the new
+        tokens (None for one). Returns the output, the new tokens' (k_pe, latent), and cos, sin for the next layer.
         """
         if cos_cache is None:
             cos_cache, sin_cache = self.rotary_emb(position_ids)
+        if self.sequence_parallel and past_key_value is None:
+            hidden_states = backend.gather_sequence(hidden_states)
         q_nope, q_pe, k_pe, latent = self._project(hidden_states, cos_cache, sin_cache)
         if past_key_value is None:
-            out_BNSV = self._prefill(q_nope, q_pe, k_pe, latent, attention_mask)
+            out_BNSV = self._prefill(q_nope, q_pe, k_pe, latent)
         else:
             active = (k_pe, latent)
             out_BNSV = self._decode(q_nope, q_pe, past_key_value, active, attention_mask, active_mask)
@@ -132,10 +139,10 @@ class DeepseekV3Attention(nn.Module):
         latent = self.kv_a_layernorm(latent).unsqueeze(1)
         return q_nope, rotate_interleaved(q_pe, cos, sin), rotate_interleaved(k_pe.unsqueeze(1), cos, sin), latent
 
-    def _prefill(self, q_nope: Tensor, q_pe: Tensor, k_pe: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
+    def _prefill(self, q_nope: Tensor, q_pe: Tensor, k_pe: Tensor, latent: Tensor) -> Tensor:
         kv_BNSd = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv_BNSd.split((self.nope_dim, self.v_dim), -1)
-        return expanded_attention(q_nope, q_pe, k_nope, k_pe, v, mask, self.softmax_scale)
+        return expanded_attention(q_nope, q_pe, k_nope, k_pe, v, self.softmax_scale)
 
     def _decode(
         self, q_nope: Tensor, q_pe: Tensor, cached: KeyValue, active: KeyValue, mask: Tensor, active_mask: Tensor | None
@@ -151,10 +158,11 @@ class DeepseekV3Router(nn.Module):
     Has the attributes that NxD's MoE module asks of a router.
     """
 
-    sequence_parallel_enabled = False
+    sequence_dimension = 1
 
     def __init__(self, config: DeepseekV3InferenceConfig):
         super().__init__()
+        self.sequence_parallel_enabled = config.neuron_config.sequence_parallel_enabled
         self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
         self.hidden_size = config.hidden_size
         self.n_group, self.topk_group = config.n_group, config.topk_group
@@ -202,9 +210,14 @@ class DeepseekV3DenseMLP(nn.Module):
             input_is_parallel=True,
             dtype=neuron_config.torch_dtype,
             reduce_dtype=neuron_config.rpl_reduce_dtype,
+            sequence_parallel_enabled=neuron_config.sequence_parallel_enabled,
+            sequence_dimension=1,
         )
+        self.sequence_parallel = neuron_config.sequence_parallel_enabled
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            hidden_states = backend.gather_sequence(hidden_states)
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -399,8 +412,29 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
     def checkpoint_loader_fn(self, mmap: bool = False) -> dict[str, Tensor]:
         """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
+        return self.get_state_dict(self._checkpoint_dir(), self.config)
+
+    def shard_weights(
+        self, compiled_model_path: str, debug: bool = False, pre_shard_weights_hook: Callable[..., None] | None = None
+    ) -> None:
+        """Writes the files that NxDI's own writes, but streamed: NxDI holds all ranks in memory at once.
+
+        Files of the same sharding that are there already, of `nxdi-deepseek shard` or an earlier compile(), are kept.
+        """
+        neuron_config = self.neuron_config
+        if neuron_config.skip_sharding or not neuron_config.save_sharded_checkpoint:
+            return
+        if pre_shard_weights_hook:
+            pre_shard_weights_hook(self)
+        dtype = str(neuron_config.torch_dtype).removeprefix("torch.")
+        ranks = range(neuron_config.start_rank_id, neuron_config.start_rank_id + neuron_config.local_ranks_size)
+        tp_degree = neuron_config.tp_degree
+        shard_checkpoint(self._checkpoint_dir(), compiled_model_path, tp_degree, dtype, ranks=ranks, resume=True)
+
+    def _checkpoint_dir(self) -> str:
+        """The checkpoint that the config was read from: a model can be built from its compiled folder alone."""
         path = getattr(self.config, "_name_or_path", None)
-        return self.get_state_dict(path if path and os.path.isdir(path) else self.model_path, self.config)
+        return path if path and os.path.isdir(path) else self.model_path
 
     @staticmethod
     def update_state_dict_for_tied_weights(state_dict: dict[str, Tensor]) -> None:

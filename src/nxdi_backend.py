@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from neuronx_distributed.parallel_layers.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from neuronx_distributed.parallel_layers.mappings import gather_from_sequence_parallel_region
 from neuronx_distributed.utils import cpu_mode
 from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
@@ -11,7 +12,7 @@ from neuronx_distributed_inference.modules.custom_calls import CustomRMSNorm
 from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
 from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
 from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter
-from torch import nn
+from torch import Tensor, nn
 
 from .embedded.modules import RMSNorm
 
@@ -26,6 +27,7 @@ __all__ = [
     "ParallelEmbedding",
     "RowParallelLinear",
     "build_moe",
+    "gather_sequence",
     "rmsnorm_cls",
 ]
 
@@ -33,6 +35,11 @@ __all__ = [
 def rmsnorm_cls() -> type[nn.Module]:
     """NxDI's norm is a Neuron custom call, which its CPU mode cannot run."""
     return RMSNorm if cpu_mode() else CustomRMSNorm
+
+
+def gather_sequence(x: Tensor) -> Tensor:
+    """All tokens, from the ranks' parts of the sequence axis: [B, S/TP, H] to [B, S, H]."""
+    return gather_from_sequence_parallel_region(x, sequence_dimension=1, to_model_parallel=False)
 
 
 def build_moe(config: Any, router: nn.Module) -> nn.Module:

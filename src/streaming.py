@@ -2,21 +2,36 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 
+def generate_and_print(adapter: Any, input_ids: Tensor, printer: "TextPrinter", **kwargs: Any) -> Any:
+    """adapter.generate(input_ids, **kwargs), printing tokens as they come; afterwards where the adapter, like NxDI's,
+    ignores streamers. Returns what it returns."""
+    streamer = BatchStreamer(printer)
+    output = adapter.generate(input_ids, streamer=streamer, **kwargs)
+    if not streamer.ended:
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        for tokens in sequences[:, input_ids.shape[1] :].T.tolist():
+            printer(tokens)
+        printer(None)
+    return output
+
+
 class BatchStreamer(BaseStreamer):
-    """Calls `on_tokens` with the newest token of every sequence; transformers' own streamers take one sequence only.
+    """Calls `on_tokens` with the newest token of every sequence, and with None at the end; transformers' own streamers
+    take one sequence only.
 
     GenerationMixin first puts the prompts [B, S], then one token per sequence [B].
     """
 
-    def __init__(self, batch: int, on_tokens: Callable[[list[int] | None], None]):
-        self.batch, self.on_tokens = batch, on_tokens
-        self.prompt_seen = False
+    def __init__(self, on_tokens: Callable[[list[int] | None], None]):
+        self.on_tokens = on_tokens
+        self.prompt_seen = self.ended = False
 
     def put(self, value: Tensor) -> None:
         if self.prompt_seen:
@@ -25,31 +40,32 @@ class BatchStreamer(BaseStreamer):
 
     def end(self) -> None:
         self.on_tokens(None)
+        self.ended = True
 
 
 class TextPrinter:
-    """Prints the first sequence while it grows and the others when all are done; ids where there is no tokenizer."""
+    """Prints the first sequence while it grows and the others when all are done; ids where there is no tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, batch: int):
+    prompts: printed in front of the sequences; numbers of the sequences if not given.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, batch: int, prompts: list[str] | None = None):
         self.tokenizer = tokenizer
         self.sequences: list[list[int]] = [[] for _ in range(batch)]
-        self.printed = 0
+        self.prefixes = prompts or ([f"[{i}] " for i in range(batch)] if batch > 1 else [""])
+        self.printed = ""
 
     def __call__(self, tokens: list[int] | None) -> None:
-        if tokens is not None:
-            for sequence, token in zip(self.sequences, tokens, strict=True):
-                sequence.append(token)
+        for sequence, token in zip(self.sequences, tokens or [], strict=False):
+            sequence.append(token)
+        lines = [prefix + self._text(sequence) for prefix, sequence in zip(self.prefixes, self.sequences, strict=True)]
         done = tokens is None
-        text = self._text(self.sequences[0])
         # A character may need several tokens: its first ones decode to the replacement character.
-        if done or not text.endswith("\ufffd"):
-            if self.printed == 0 and len(self.sequences) > 1:
-                sys.stdout.write("[0] ")
-            sys.stdout.write(text[self.printed :])
-            self.printed = len(text)
+        if done or not lines[0].endswith("\ufffd"):
+            sys.stdout.write(lines[0][len(self.printed) :])
+            self.printed = lines[0]
         if done:
-            rest = (f"[{i}] {self._text(tokens)}" for i, tokens in enumerate(self.sequences[1:], start=1))
-            sys.stdout.write("\n" + "".join(f"{line}\n" for line in rest))
+            sys.stdout.write("".join(f"\n{line}" for line in lines[1:]) + "\n")
         sys.stdout.flush()
 
     def _text(self, tokens: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Writes a small random checkpoint in the exact format of the released one."""
+"""Writes checkpoints in the exact format of the released one: small and random, or large and empty."""
 
 import json
 from collections.abc import Iterator
@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint.fp8 import SCALE_SUFFIX, quantize_blocks
-from .checkpoint.layout import Source, layer_layout, model_layout
+from .checkpoint.fp8 import SCALE_SUFFIX, quantize_blocks, scale_shape
+from .checkpoint.header import build_header
+from .checkpoint.layout import Source, model_layout, mtp_layout
 from .checkpoint.reader import INDEX_FILE
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig
 
@@ -87,40 +88,62 @@ def write_checkpoint(model_dir: str | Path, config: dict[str, Any], seed: int = 
         save_file({name: tensors[name] for name in names[i::shards]}, model_dir / file, metadata={"format": "pt"})
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(model_dir, config, index)
+
+
+def write_sparse_checkpoint(model_dir: str | Path, config: dict[str, Any], shards: int = 163) -> None:
+    """Writes a checkpoint of any size in files of holes: true headers, no disk used, all weights and scales zero."""
+    model_dir = Path(model_dir)
+    tensors = []
+    for source in _sources(config):
+        stored = _stored_dtype(source, config)
+        tensors.append((source.name, stored, source.shape))
+        if stored == "F8_E4M3":
+            tensors.append((source.name + SCALE_SUFFIX, "F32", scale_shape(source.shape, _block_size(config))))
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:06d}.safetensors"
+        part = tensors[i * len(tensors) // shards : (i + 1) * len(tensors) // shards]
+        head, entries = build_header(part)
+        with (model_dir / file).open("wb") as out:
+            out.write(head)
+            out.truncate(len(head) + sum(entry.nbytes for entry in entries.values()))
+        weight_map.update((name, file) for name, _, _ in part)
+    _write_json(model_dir, config, {"metadata": {}, "weight_map": weight_map})
+
+
+def _write_json(model_dir: Path, config: dict[str, Any], index: dict[str, Any]) -> None:
     (model_dir / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (model_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _tensors(config: dict[str, Any], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    quantization = config.get("quantization_config")
     for source in _sources(config):
-        value = _random(source, generator)
-        if source.name.endswith("e_score_correction_bias") or not quantization:
-            yield source.name, value
-        elif source.name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and "eh_proj" not in source.name:
-            block_size = quantization.get("weight_block_size", [128, 128])
-            yield from zip(
-                (source.name, source.name + SCALE_SUFFIX), quantize_blocks(value, tuple(block_size)), strict=True
-            )
+        value, stored = _random(source, generator), _stored_dtype(source, config)
+        if stored == "F8_E4M3":
+            names = (source.name, source.name + SCALE_SUFFIX)
+            yield from zip(names, quantize_blocks(value, _block_size(config)), strict=True)
         else:
-            yield source.name, value.to(torch.bfloat16)
+            yield source.name, value.to(torch.bfloat16) if stored == "BF16" else value
+
+
+def _stored_dtype(source: Source, config: dict[str, Any]) -> str:
+    """As in the release, by safetensors' names; float32 without quantization_config."""
+    if source.name.endswith("e_score_correction_bias") or not config.get("quantization_config"):
+        return "F32"
+    quantized = source.name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and "eh_proj" not in source.name
+    return "F8_E4M3" if quantized else "BF16"
+
+
+def _block_size(config: dict[str, Any]) -> tuple[int, int]:
+    return tuple(config["quantization_config"].get("weight_block_size", (128, 128)))
 
 
 def _sources(config: dict[str, Any]) -> Iterator[Source]:
     model_config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), **config)
-    for spec in model_layout(model_config):
-        yield from spec.sources
-    H, vocab = model_config.hidden_size, model_config.vocab_size
-    first, count = model_config.num_hidden_layers, model_config.num_nextn_predict_layers
-    for layer in range(first, first + count):
-        for spec in layer_layout(model_config, layer):
+    for layout in (model_layout, mtp_layout):
+        for spec in layout(model_config):
             yield from spec.sources
-        prefix = f"model.layers.{layer}."
-        for name in ("embed_tokens", "shared_head.head"):
-            yield Source(f"{prefix}{name}.weight", (vocab, H))
-        for name in ("enorm", "hnorm", "shared_head.norm"):
-            yield Source(f"{prefix}{name}.weight", (H,))
-        yield Source(f"{prefix}eh_proj.weight", (H, 2 * H))
 
 
 def _random(source: Source, generator: torch.Generator) -> Tensor:

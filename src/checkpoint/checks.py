@@ -66,7 +66,8 @@ def scale_problems(reader: "CheckpointReader", specs: list[TensorSpec]) -> list[
             try:
                 finite = np.isfinite(read_scale(reader, name)).all()
             except CheckpointError as error:
-                problems.append(str(error))
+                # In a file that is cut short, all of them: the header told of it already.
+                problems += [] if reader.problems else [str(error)]
                 continue
             if not finite:
                 what = reader.describe(name + SCALE_SUFFIX)

@@ -13,8 +13,8 @@ ITEM_SIZE = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-# safetensors puts tensors of larger alignment first; among those that this package writes, in this order.
-_DTYPE_ORDER = ("F32", "I32", "BF16")
+# The order in which safetensors lays out tensors of these dtypes.
+_DTYPE_ORDER = ("F32", "I32", "BF16", "F8_E4M3")
 _LENGTH_BYTES = 8
 _MAX_JSON_BYTES = 100_000_000  # the bound of safetensors itself
 _LFS_POINTER = b"version https://git-lfs"
@@ -59,9 +59,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     return _entries(path, pairs, _LENGTH_BYTES + length, size)
 
 
-def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorEntry]]:
+def build_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, TensorEntry]]:
     """The bytes before the data, and where each tensor goes, for (name, dtype, shape): as safetensors' save_file."""
-    header, entries, offset = {}, {}, 0
+    header, entries, offset = {"__metadata__": metadata} if metadata else {}, {}, 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: (_DTYPE_ORDER.index(tensor[1]), tensor[0])):
         entry = entries[name] = TensorEntry("", dtype, tuple(shape), offset)
         offset += entry.nbytes

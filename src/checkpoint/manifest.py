@@ -75,3 +75,13 @@ class Manifest:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error!r}); shard the checkpoint again") from None
+
+    @classmethod
+    def load_existing(cls, folder: Path) -> "Manifest":
+        """As load; raises CheckpointError where there is none."""
+        manifest = cls.load(folder)
+        if manifest is None or not manifest.checksums:
+            raise CheckpointError(
+                f"{folder / MANIFEST_FILE}: missing; give the OUT_DIR of a finished nxdi-deepseek shard"
+            )
+        return manifest

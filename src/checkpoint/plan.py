@@ -22,6 +22,8 @@ FORMAT_NAME = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MODEL, MTP = "model", "mtp"
 # Below the output folder; `weights` is where NxDI's load() looks.
 _FOLDERS = {MODEL: "weights", MTP: "mtp/weights"}
+# All threads together; fewer run where a unit needs more than its share.
+_WORKING_MEMORY = 1 << 30
 
 
 class ShardPlan:
@@ -31,7 +33,7 @@ class ShardPlan:
         self.config, self.part = config, part
         self.tp_degree: int = config.neuron_config.tp_degree
         self.dtype: torch.dtype = config.neuron_config.torch_dtype
-        self.folder = Path(out_dir) / _FOLDERS[part]
+        self.folder = part_folder(out_dir, part)
         layers = mtp_layers(config) if part == MTP else None
         if part == MTP and not layers:
             raise ConfigError("config.json: num_nextn_predict_layers is 0: the checkpoint has no MTP layer to write")
@@ -65,12 +67,28 @@ class ShardPlan:
         _, rows, columns = unit.spec.grid.rank_shape(self.tp_degree)
         return (unit.expert * rows + region.start) * columns * unit.spec.dtype(self.dtype).itemsize
 
-    def unit_bytes(self, reader: "CheckpointReader") -> int:
-        """Memory that a thread needs for the largest unit: the sources as stored and converted, and one region."""
-        largest = {(spec.grid, spec.sources[0].name): unit for unit in self.units for spec in [unit.spec]}
-        return max(self._bytes_of(unit, reader) for unit in largest.values())
+    def unit_output_bytes(self, i: int, ranks: Sequence[int]) -> int:
+        """Bytes of unit i in the files of `ranks`, all together."""
+        unit = self.units[i]
+        regions = (unit.region(rank, self.tp_degree) for rank in ranks)
+        elements = sum((region.stop - region.start) * region.columns for region in regions if region)
+        return elements * unit.spec.dtype(self.dtype).itemsize
 
-    def _bytes_of(self, unit: Unit, reader: "CheckpointReader") -> int:
+    def units_of_tensors(self, rank: int) -> dict[str, list[int]]:
+        """The units that make up a rank's part of each tensor, in order."""
+        indices: dict[str, list[int]] = {}
+        for i, unit in enumerate(self.units):
+            if unit.spec.grid.axis != 1 or unit.region(rank, self.tp_degree):
+                indices.setdefault(unit.spec.name, []).append(i)
+        return indices
+
+    def affordable_jobs(self, reader: "CheckpointReader") -> int:
+        """How many units can be in work at a time within the memory set aside for that."""
+        largest = {(spec.grid, spec.sources[0].name): unit for unit in self.units for spec in [unit.spec]}
+        return max(1, _WORKING_MEMORY // max(self._memory(unit, reader) for unit in largest.values()))
+
+    def _memory(self, unit: Unit, reader: "CheckpointReader") -> int:
+        """Bytes that a thread needs for a unit: its sources as stored and converted, and one region."""
         grid, size = unit.spec.grid, 0
         rows = unit.stop - unit.start
         for source, block in zip(unit.sources(), grid.blocks, strict=True):
@@ -80,6 +98,10 @@ class ShardPlan:
             size += read_rows * (entry.row_bytes if entry.dtype == "F8_E4M3" else entry.row_bytes + 8 * block.columns)
         _, rank_rows, rank_columns = grid.rank_shape(self.tp_degree)
         return size + min(rows, rank_rows) * rank_columns * unit.spec.dtype(self.dtype).itemsize
+
+
+def part_folder(out_dir: str | Path, part: str) -> Path:
+    return Path(out_dir) / _FOLDERS[part]
 
 
 def file_name(rank: int) -> str:

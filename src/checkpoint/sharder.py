@@ -16,6 +16,7 @@ from .checks import scale_problems, tensor_problems, weight_block_size
 from .decoder import UnitDecoder
 from .files import locked_folder, sync_folder
 from .journal import Journal
+from .layout import model_layout
 from .manifest import Manifest, digest, tensor_checksum
 from .parallel import cpu_count, run_threads
 from .plan import MODEL, MTP, ShardPlan, check_ranks, sharding_config
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 JOURNAL_FILE = "unfinished.jsonl"
 # What is finished is made durable and noted this often: as much work as a crash can cost.
 SYNC_SECONDS = 20.0
-# All threads together; fewer run where a unit needs more than its share.
-_WORKING_MEMORY = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,10 @@ def open_checked(
 ) -> CheckpointReader:
     """The checkpoint, if its headers and scales are in order; else one CheckpointError that tells of everything."""
     reader = CheckpointReader(model_dir)
-    specs = [spec for plan in plans for spec in plan.specs]
-    problems = reader.problems + tensor_problems(reader, config, specs) + scale_problems(reader, specs)
+    specs = {spec.name: spec for plan in plans for spec in plan.specs}
+    whole = {spec.name: spec for spec in model_layout(config)} | specs
+    problems = reader.problems + tensor_problems(reader, config, list(whole.values()))
+    problems += scale_problems(reader, list(specs.values()))
     report_problems(f"{model_dir}: checkpoint does not fit config.json", problems)
     return reader
 
@@ -113,6 +114,10 @@ class _PartRun:
 
     def execute(self, jobs: int) -> Iterator[None]:
         """Does the work, and lets the caller look in after every unit."""
+        if not self.pending:
+            # A run that was stopped after its last file got its name may have left the journal.
+            (self._plan.folder / JOURNAL_FILE).unlink(missing_ok=True)
+            return
         try:
             journal = self._open_files()
             yield from self._write_units(journal, jobs)
@@ -191,7 +196,7 @@ class _PartRun:
         finished, synced = [], time.monotonic()
         try:
             todo = iter(np.flatnonzero(~journal.done).tolist())
-            for i in run_threads(todo, write, min(jobs, self._affordable_jobs())):
+            for i in run_threads(todo, write, min(jobs, plan.affordable_jobs(self._reader))):
                 finished.append(i)
                 self.done += self._unit_bytes(i)
                 if time.monotonic() - synced > SYNC_SECONDS:
@@ -220,24 +225,14 @@ class _PartRun:
         sync_folder(self._plan.folder)
 
     def _checksums(self, rank: int, digests: np.ndarray) -> dict[str, str]:
-        plan = self._plan
-        regions: dict[str, list[int]] = {}
-        for i, unit in enumerate(plan.units):
-            if unit.spec.grid.axis != 1 or unit.region(rank, plan.tp_degree):
-                regions.setdefault(unit.spec.name, []).append(i)
-        checksums = {name: tensor_checksum(digests[indices]) for name, indices in regions.items()}
+        units = self._plan.units_of_tensors(rank)
         own = tensor_checksum(np.array([digest(rank_value(rank))], np.uint64))
-        return checksums | dict.fromkeys(plan.rank_tensors, own)
+        return {name: tensor_checksum(digests[i]) for name, i in units.items()} | dict.fromkeys(
+            self._plan.rank_tensors, own
+        )
 
     def _unit_bytes(self, i: int) -> int:
-        """Of all files."""
-        plan, unit = self._plan, self._plan.units[i]
-        regions = (unit.region(rank, plan.tp_degree) for rank in self.pending)
-        elements = sum((region.stop - region.start) * region.columns for region in regions if region)
-        return elements * unit.spec.dtype(plan.dtype).itemsize
-
-    def _affordable_jobs(self) -> int:
-        return max(1, _WORKING_MEMORY // self._plan.unit_bytes(self._reader))
+        return self._plan.unit_output_bytes(i, self.pending)
 
 
 def rank_value(rank: int) -> np.ndarray:

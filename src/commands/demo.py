@@ -1,48 +1,52 @@
-"""`nxdi-deepseek demo`: the whole path on a small checkpoint, judged by Hugging Face's own model."""
+"""`nxdi-deepseek demo`: completes prompts with the small trained model, judged by Hugging Face's own model."""
 
 import argparse
-import tempfile
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import backend
 from ..reference import hugging_face_model, reference_logits
-from ..synthetic import DEMO_CONFIG, write_checkpoint
+from ..streaming import TextPrinter, generate_and_print
+from ..tiny_model import TINY_MODEL_DIR, load_goldens
 from .generate import load_model, right_pad
 
-PROMPT_LENGTHS = (3, 11, 6)
-# float32 keeps about 7 digits; the sums of some hundred products in a dozen steps cost two to three of them.
+# float32 keeps about 7 digits; the sums of some hundred products in two dozen steps cost two to three of them.
 TOLERANCE = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights and prompts")
-    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--prompt", action="append", help="text to complete instead of the built-in ones; repeatable")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
 
 
 def run(args: argparse.Namespace) -> int:
     print(backend.describe())
-    generator = torch.Generator().manual_seed(args.seed)
-    vocab = DEMO_CONFIG["vocab_size"]
-    prompts = [torch.randint(2, vocab, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
-    with tempfile.TemporaryDirectory() as model_dir:
-        write_checkpoint(model_dir, DEMO_CONFIG, args.seed)
-        print(f"checkpoint: FP8 in blocks of 128x128, {DEMO_CONFIG['num_hidden_layers']} layers and one MTP layer")
-        tokens, logits = generate(model_dir, prompts, args.max_new_tokens)
-        golden_model = hugging_face_model(model_dir)
-    print(f"generated: {len(prompts)} prompts of {', '.join(map(str, PROMPT_LENGTHS))} tokens, in one batch, greedily")
-    goldens = [golden_logits(golden_model, prompt, row) for prompt, row in zip(prompts, tokens.tolist(), strict=True)]
-    return report(tokens, logits, torch.stack(goldens))
+    print(
+        "model: a small DeepSeek-V3 trained on public-domain novels and tales, FP8 weights; it ships with the package\n"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_DIR)
+    texts = args.prompt or load_goldens().texts[:4]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    tokens, logits = generate(tokenizer, texts, prompts, args.max_new_tokens)
+    model = hugging_face_model(TINY_MODEL_DIR)
+    goldens = [golden_logits(model, prompt, row) for prompt, row in zip(prompts, tokens.tolist(), strict=True)]
+    return report(tokenizer, tokens, logits, torch.stack(goldens))
 
 
-def generate(model_dir: str, prompts: list[list[int]], max_new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens [B, T] and the logits that chose them, float32 [B, T, vocab]."""
-    model = load_model(model_dir, prompts, max_new_tokens, "float32", seq_len=None, tp_degree=1)
+def generate(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], prompts: list[list[int]], max_new_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Streams the completions of one batch. Returns greedy tokens [B, T] and the float32 logits [B, T, vocab] that
+    chose them."""
+    model = load_model(str(TINY_MODEL_DIR), prompts, max_new_tokens, "float32", seq_len=None, tp_degree=1)
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
-    adapter.generation_config.eos_token_id = None  # random weights mean nothing by it
-    output = adapter.generate(
+    adapter.generation_config.eos_token_id = None  # all of a batch go on to the end, so that all can be compared
+    output = generate_and_print(
+        adapter,
         input_ids,
+        TextPrinter(tokenizer, len(prompts), texts),
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -57,17 +61,20 @@ def golden_logits(model: torch.nn.Module, prompt: list[int], generated: list[int
     return reference_logits(model, prompt + generated)[len(prompt) - 1 : -1]
 
 
-def report(tokens: torch.Tensor, logits: torch.Tensor, goldens: torch.Tensor) -> int:
+def report(
+    tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, logits: torch.Tensor, goldens: torch.Tensor
+) -> int:
     """Prints the comparison of logits [B, T, vocab]. Returns 0 when all tokens and logits match, else 1."""
-    print("\nprompt position  token  golden logit     our logit  difference  match")
+    print("\nprompt position  token             golden logit     our logit  difference  match")
     top1 = goldens.argmax(-1) == tokens
     for row, position in torch.cartesian_prod(torch.arange(tokens.shape[0]), torch.arange(tokens.shape[1])).tolist():
         token = tokens[row, position]
         golden, ours = goldens[row, position, token].item(), logits[row, position, token].item()
-        match = "yes" if top1[row, position] else "NO"
-        print(f"{row:>6} {position:>8} {token:>6} {golden:>13.6f} {ours:>13.6f} {ours - golden:>11.1e}  {match}")
+        text, match = repr(tokenizer.decode(token)), "yes" if top1[row, position] else "NO"
+        numbers = f"{golden:>10.6f} {ours:>13.6f} {ours - golden:>11.1e}"
+        print(f"{row:>6} {position:>8} {token:>6} {text:<12} {numbers}  {match}")
     difference = (logits - goldens).abs()
-    print(f"\ntop-1 agreement: {top1.sum()} of {top1.numel()}")
+    print(f"\ntop-1 agreement with Hugging Face: {top1.sum()} of {top1.numel()}")
     print(f"difference over all {difference.numel()} logits: mean {difference.mean():.1e}, max {difference.max():.1e}")
     good = bool(top1.all()) and difference.max().item() < TOLERANCE
     print(f"verdict: {'MATCH' if good else 'NO MATCH'} (same tokens, every logit within {TOLERANCE:.0e})")

@@ -12,7 +12,7 @@ from .. import backend
 from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from ..errors import ConfigError
 from ..modeling_deepseek import NeuronDeepseekV3ForCausalLM
-from ..streaming import BatchStreamer, TextPrinter
+from ..streaming import TextPrinter, generate_and_print
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 
@@ -48,12 +48,12 @@ def _generate(args: argparse.Namespace) -> int:
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
     adapter.generation_config = _generation_config(args.model_dir, model.config)
-    streamer = BatchStreamer(len(prompts), TextPrinter(tokenizer, len(prompts)))
     set_seed(args.seed)
     sampling = {"do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
     if args.temperature > 0:
         sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    adapter.generate(input_ids, attention_mask=attention_mask, streamer=streamer, **sampling)
+    printer = TextPrinter(tokenizer, len(prompts))
+    generate_and_print(adapter, input_ids, printer, attention_mask=attention_mask, **sampling)
     return 0
 
 

@@ -10,6 +10,7 @@ from .model_base import NeuronBaseForCausalLM, NeuronBaseModel
 from .modules import KVCacheManager, rmsnorm_cls
 from .moe import build_moe
 from .parallel_layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from .parallel_state import gather_sequence
 
 __all__ = [
     "ColumnParallelLinear",
@@ -22,5 +23,6 @@ __all__ = [
     "ParallelEmbedding",
     "RowParallelLinear",
     "build_moe",
+    "gather_sequence",
     "rmsnorm_cls",
 ]

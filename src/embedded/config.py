@@ -30,6 +30,7 @@ class MoENeuronConfig:
         self.seq_len: int = kwargs.pop("seq_len", 128)
         self.max_context_length: int = kwargs.pop("max_context_length", self.seq_len)
         self.max_length: int = kwargs.pop("max_length", self.seq_len)
+        self.sequence_parallel_enabled: bool = kwargs.pop("sequence_parallel_enabled", False)
         self.enable_bucketing: bool = kwargs.pop("enable_bucketing", False)
         self.context_encoding_buckets: list[int] | None = kwargs.pop("context_encoding_buckets", None)
         self.token_generation_buckets: list[int] | None = kwargs.pop("token_generation_buckets", None)

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpoint.layout import model_layout
 from ..errors import CheckpointError, ConfigError
-from .parallel_state import initialize_model_parallel, tensor_parallel_rank
+from .parallel_state import gather_sequence, initialize_model_parallel, split_sequence, tensor_parallel_rank
 from .sharding import shard
 
 
@@ -50,14 +50,15 @@ class NeuronBaseModel(nn.Module):
         [B, 1], with attention_mask [B, L] over the L cached positions to read.
         """
         prefill = self._is_context_encoding(input_ids)
-        length = attention_mask.shape[-1]
         if prefill:
-            mask = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()[None, None]
-            cache = None
+            mask, cache = None, None  # prompts are causal
         else:
             mask = attention_mask[:, None, None, :].to(torch.bool)
-            cache = self.kv_mgr.get_cache(length, seq_ids)
+            cache = self.kv_mgr.get_cache(attention_mask.shape[-1], seq_ids)
+        sequence_parallel = self.neuron_config.sequence_parallel_enabled
         hidden_states = self.embed_tokens(input_ids)
+        if sequence_parallel:
+            hidden_states = split_sequence(hidden_states)
         new_key_values, cos, sin = [], None, None
         for i, layer in enumerate(self.layers):
             hidden_states, key_value, cos, sin, _ = layer(
@@ -71,6 +72,8 @@ class NeuronBaseModel(nn.Module):
             new_key_values.append(key_value)
         self.kv_mgr.update_cache(prefill, seq_ids, position_ids, new_key_values)
         hidden_states = self.norm(hidden_states)
+        if sequence_parallel:
+            hidden_states = gather_sequence(hidden_states)
         last = position_ids.argmax(dim=-1)
         rows = torch.arange(len(last), device=last.device)
         return self.lm_head(hidden_states[rows, last][:, None]).to(torch.float32)

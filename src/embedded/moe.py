@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .parallel_layers import ColumnParallelLinear, RowParallelLinear
-from .parallel_state import all_reduce, tensor_parallel_size
+from .parallel_state import gather_sequence, reduce, tensor_parallel_size
 
 
 class ExpertWeights(nn.Module):
@@ -41,12 +41,16 @@ class ExpertMLPs(nn.Module):
 
     def forward(self, hidden_states: Tensor, expert_affinities: Tensor, expert_index: Tensor) -> Tensor:
         """hidden_states [T, H], expert_affinities [T, E] final weights, expert_index [T, K]. Returns [T, H]."""
-        output = torch.zeros_like(hidden_states)
-        for expert in expert_index.unique().tolist():
-            tokens = (expert_index == expert).any(dim=-1).nonzero().squeeze(-1)
-            weighted = self.mlp_op(hidden_states[tokens], expert) * expert_affinities[tokens, expert, None]
-            output.index_add_(0, tokens, weighted)
-        return output
+        experts, order = expert_index.flatten().sort(stable=True)
+        tokens = order // expert_index.shape[1]
+        grouped = hidden_states[tokens]  # [T * K, H], the tokens of each expert next to each other
+        start = 0
+        for expert, count in zip(*(x.tolist() for x in experts.unique_consecutive(return_counts=True)), strict=True):
+            group = slice(start, start + count)
+            grouped[group] = self.mlp_op(grouped[group], expert)
+            start += count
+        grouped *= expert_affinities[tokens, experts, None]
+        return torch.zeros_like(hidden_states).index_add_(0, tokens, grouped)
 
 
 class SharedExperts(nn.Module):
@@ -64,20 +68,25 @@ class SharedExperts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router, routed experts and shared experts; one all-reduce for all of them."""
+    """Router, routed experts and shared experts; one reduction for all of them."""
 
-    def __init__(self, router: nn.Module, expert_mlps: nn.Module, shared_experts: nn.Module | None):
+    def __init__(
+        self, router: nn.Module, expert_mlps: nn.Module, shared_experts: nn.Module | None, sequence_parallel: bool
+    ):
         super().__init__()
         self.router, self.expert_mlps, self.shared_experts = router, expert_mlps, shared_experts
+        self.sequence_parallel = sequence_parallel
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor]:
-        """hidden_states [B, S, H]. Returns a tuple, as NxD's MoE does, with the output first."""
+        """hidden_states [B, S, H], or this rank's part of S. Returns a tuple, as NxD's MoE does, output first."""
+        if self.sequence_parallel:
+            hidden_states = gather_sequence(hidden_states)
         tokens = hidden_states.flatten(0, 1)
         _, expert_affinities, expert_index = self.router(hidden_states)
         output = self.expert_mlps(tokens, expert_affinities, expert_index)
         if self.shared_experts is not None:
             output = output + self.shared_experts(tokens)
-        return (all_reduce(output).view_as(hidden_states),)
+        return (reduce(output.view_as(hidden_states), self.sequence_parallel),)
 
 
 def build_moe(config: Any, router: nn.Module) -> MoE:
@@ -85,4 +94,4 @@ def build_moe(config: Any, router: nn.Module) -> MoE:
     dtype, hidden, width = config.neuron_config.torch_dtype, config.hidden_size, config.moe_intermediate_size
     experts = ExpertMLPs(config.n_routed_experts, hidden, width, dtype=dtype)
     shared = SharedExperts(hidden, width * config.n_shared_experts, dtype) if config.n_shared_experts else None
-    return MoE(router, experts, shared)
+    return MoE(router, experts, shared, config.neuron_config.sequence_parallel_enabled)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .parallel_state import all_gather_last_dim, all_reduce, tensor_parallel_size
+from .parallel_state import all_gather, reduce, tensor_parallel_size
 
 
 class ColumnParallelLinear(nn.Module):
@@ -26,12 +26,15 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
         if self.gather_output:
-            y = all_gather_last_dim(y)
+            y = all_gather(y)
         return y if self.bias is None else y + self.bias
 
 
 class RowParallelLinear(nn.Module):
-    """y = sum over ranks of x_rank W_rank^T, + b: the columns of W are split, and so is the input."""
+    """y = sum over ranks of x_rank W_rank^T, + b: the columns of W are split, and so is the input.
+
+    With sequence parallelism each rank returns its own tokens of a prompt.
+    """
 
     def __init__(
         self,
@@ -42,9 +45,12 @@ class RowParallelLinear(nn.Module):
         dtype: torch.dtype = torch.float32,
         reduce_dtype: torch.dtype | None = None,
         reduce_output: bool = True,
+        sequence_parallel_enabled: bool = False,
+        sequence_dimension: int = 1,
     ):
         super().__init__()
-        assert input_is_parallel, "only inputs that are split already are supported"
+        assert input_is_parallel and sequence_dimension == 1, "other layouts are not supported"
+        self.sequence_parallel_enabled = sequence_parallel_enabled
         self.reduce_dtype, self.reduce_output = reduce_dtype or dtype, reduce_output
         self.weight = nn.Parameter(torch.empty(output_size, input_size // tensor_parallel_size(), dtype=dtype), False)
         self.bias = nn.Parameter(torch.empty(output_size, dtype=dtype), False) if bias else None
@@ -52,7 +58,7 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
         if self.reduce_output:
-            y = all_reduce(y.to(self.reduce_dtype)).to(x.dtype)
+            y = reduce(y.to(self.reduce_dtype), self.sequence_parallel_enabled).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -73,4 +79,4 @@ class ParallelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_embeddings, width, dtype=dtype), False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return all_gather_last_dim(F.embedding(input_ids, self.weight))
+        return all_gather(F.embedding(input_ids, self.weight))

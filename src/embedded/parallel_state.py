@@ -38,10 +38,30 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_gather_last_dim(tensor: Tensor) -> Tensor:
-    """The ranks' tensors side by side along the last axis."""
+def all_gather(tensor: Tensor, dim: int = -1) -> Tensor:
+    """The ranks' tensors side by side along one axis."""
     if tensor_parallel_size() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(tensor_parallel_size())]
     dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts, dim=-1)
+    return torch.cat(parts, dim=dim)
+
+
+def is_split(x: Tensor) -> bool:
+    """Whether sequence parallelism splits x [B, S, H]: prompts are split, a decoding step (one token) never is."""
+    return tensor_parallel_size() > 1 and x.shape[1] > 1
+
+
+def gather_sequence(x: Tensor) -> Tensor:
+    """All tokens, from the ranks' parts of the sequence axis: [B, S/TP, H] to [B, S, H]."""
+    return all_gather(x, dim=1) if is_split(x) else x
+
+
+def split_sequence(x: Tensor) -> Tensor:
+    """This rank's part of the sequence axis: [B, S, H] to [B, S/TP, H]."""
+    return x.chunk(tensor_parallel_size(), dim=1)[tensor_parallel_rank()] if is_split(x) else x
+
+
+def reduce(x: Tensor, sequence_parallel: bool) -> Tensor:
+    """The sum of the ranks' x [B, S, H]; with sequence parallelism, this rank's part of it."""
+    return split_sequence(all_reduce(x)) if sequence_parallel else all_reduce(x)

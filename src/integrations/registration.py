@@ -37,8 +37,11 @@ def add_model(module: ModuleType, keys: tuple[str, ...]) -> None:
         _warn(module, "it has no MODEL_TYPES table any more")
         return
     try:
+        from .. import backend
         from ..modeling_deepseek import NeuronDeepseekV3ForCausalLM
 
+        if backend.NAME != "nxdi":
+            raise ConfigError(f"{backend.BACKEND_VARIABLE}={backend.NAME}; unset it")
         register_config()
     except (ImportError, ConfigError) as error:
         _warn(module, str(error))

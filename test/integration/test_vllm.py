@@ -14,8 +14,10 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import nxdi_deepseek
 import pytest
 import torch
+from safetensors import safe_open
 from support import nxdi, without_sdk
 
 PYTHON = os.environ.get("VLLM_NEURON_PYTHON")
@@ -107,6 +109,18 @@ def test_kimi_k2(tmp_path):
     model = hugging_face_model(kimi)
     tokens, log = run_offline(tmp_path, engine(kimi), PROMPTS[:2])
     assert tokens == [generate(model, prompt) for prompt in PROMPTS[:2]], log
+
+
+def test_released_format(tmp_path):
+    """FP8 blocks with scales and an MTP layer: the small shipped model, judged by its golden tokens."""
+    folder = pathlib.Path(nxdi_deepseek.__file__).parent / "data" / "tiny_deepseek_v3"
+    with safe_open(folder / "golden.safetensors", "pt") as file:
+        ids, lengths, tokens = map(file.get_tensor, ("prompt_ids", "prompt_lengths", "tokens"))
+    prompts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True) if length <= 64 - NEW_TOKENS]
+    # Else the plugin writes into the model's folder.
+    artifacts = {"NEURON_COMPILED_ARTIFACTS": str(tmp_path / "artifacts")}
+    generated, log = run_offline(tmp_path, engine(str(folder)), prompts, **artifacts)
+    assert generated == tokens[lengths <= 64 - NEW_TOKENS, :NEW_TOKENS].tolist(), log
 
 
 OVERRIDES = {"on_cpu": True, "seq_len": 64, "max_context_length": 32, "batch_size": 2}

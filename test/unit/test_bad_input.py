@@ -165,8 +165,10 @@ def test_running_out_of_positions_and_slots(tmp_path):
     session = Session(model)
     with pytest.raises(ConfigError, match="prompt of 7 tokens exceeds max_context_length 6"):
         session.prefill(random_prompts((7,)))
-    with pytest.raises(ConfigError, match="slot 1 of 1"):
+    with pytest.raises(ConfigError, match="batch of 2 sequences exceeds batch_size 1"):
         session.prefill(random_prompts((2, 2)))
+    with pytest.raises(ConfigError, match="slot 1 of 1"):
+        session.prefill(random_prompts((2,)), slots=[1])
     session.prefill(random_prompts((6,)))
     session.decode([3])
     session.decode([3])

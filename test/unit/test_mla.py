@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from nxdi_deepseek.mla import absorbed_attention, expanded_attention
+from nxdi_deepseek import mla
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 B, N, L, D, P, V, R = 2, 3, 7, 12, 8, 20, 16
 SCALE = 0.17
@@ -41,7 +42,7 @@ def absorbed(t, cached_mask, active_mask):
     cached = t["k_pe"][:, :, :L], t["latent"][:, :, :L]
     active = t["k_pe"][:, :, L:], t["latent"][:, :, L:]
     weights = t["w_uk"], t["w_uv"]
-    return absorbed_attention(t["q_nope"], t["q_pe"], *weights, cached, active, cached_mask, active_mask, SCALE)
+    return mla.absorbed_attention(t["q_nope"], t["q_pe"], *weights, cached, active, cached_mask, active_mask, SCALE)
 
 
 def test_absorbed_one_token_sees_its_own_row_of_the_cache(tensors):
@@ -59,14 +60,27 @@ def test_absorbed_several_tokens_see_each_other_through_the_active_mask(tensors)
     torch.testing.assert_close(absorbed(t, cached_mask, active_mask), explicit(t, mask))
 
 
-def test_expanded_equals_the_definition(tensors):
-    t = tensors(queries=L)
-    t["k_pe"], t["latent"] = t["k_pe"][:, :, :L], t["latent"][:, :, :L]
-    mask = torch.ones(1, 1, L, L, dtype=torch.bool).tril()
+@pytest.mark.parametrize("block", [512, 4, 3])
+def test_expanded_equals_the_definition(tensors, monkeypatch, block):
+    """In one block of queries, in blocks that divide the prompt, and in blocks that do not."""
+    monkeypatch.setattr(mla, "QUERY_BLOCK", block)
+    t = tensors(queries=8)
+    t["k_pe"], t["latent"] = t["k_pe"][:, :, :8], t["latent"][:, :, :8]
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()
     k_nope = t["latent"] @ t["w_uk"].transpose(-1, -2)
     v = t["latent"] @ t["w_uv"].transpose(-1, -2)
-    out = expanded_attention(t["q_nope"], t["q_pe"], k_nope, t["k_pe"], v, mask, SCALE)
+    out = mla.expanded_attention(t["q_nope"], t["q_pe"], k_nope, t["k_pe"], v, SCALE)
     torch.testing.assert_close(out, explicit(t, mask))
+
+
+def test_long_prompts_get_at_most_32_blocks(monkeypatch):
+    monkeypatch.setattr(mla, "QUERY_BLOCK", 1)
+    q, k_pe = torch.randn(1, 1, 70, 2), torch.randn(1, 1, 70, 2)
+    with FlopCounterMode(display=False) as counter:
+        mla.expanded_attention(q, q, q, k_pe, q, SCALE)
+    rows = 3  # ceil(70 / 32)
+    seen = sum(rows * end for end in range(rows, 70, rows)) + 1 * 70
+    assert counter.get_total_flops() == 2 * seen * (4 + 2)
 
 
 def test_a_row_that_sees_nothing_is_finite(tensors):

@@ -5,9 +5,8 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-
 from nxdi_deepseek.checkpoint.fp8 import dequantize_blocks
+from safetensors import safe_open
 
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate|up|down)_proj")
 SPLIT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -54,7 +53,8 @@ def read_dequantized(folder, dtype=torch.float32):
     tensors = {}
     for shard in sorted(set(weight_map.values())):
         with safe_open(folder / shard, "pt") as file:
-            tensors.update({name: file.get_tensor(name) for name in file.keys()})
+            names = file.keys()
+            tensors.update({name: file.get_tensor(name) for name in names})
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
     for name, tensor in tensors.items():
         if f"{name}_scale_inv" in scales:

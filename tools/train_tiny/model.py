@@ -174,8 +174,8 @@ class Gate(nn.Module):
         """Raise the bias of under-loaded experts, lower that of over-loaded ones, by `speed` (gamma)."""
         bias = self.e_score_correction_bias
         bias += speed * torch.sign(self.load.mean() - self.load)
-        # A shift common to all experts changes no selection. With the smallest bias at 0 every biased score is positive,
-        # so implementations that mask closed groups with 0 and those that use -inf choose alike.
+        # A shift common to all experts changes no selection. With the smallest bias at 0 every biased score is
+        # positive, so implementations that mask closed groups with 0 and those that use -inf choose alike.
         bias -= bias.min()
         self.load.zero_()
 
@@ -192,9 +192,9 @@ class Experts(nn.Module):
 
     def forward(self, x, weights):
         """x [T, H], weights [T, E] -> [T, H]."""
-        gated = F.silu(F.linear(x, self.gate_proj.flatten(0, 1))) * F.linear(x, self.up_proj.flatten(0, 1))  # [T, E * I]
-        gated = gated.unflatten(-1, self.shape) * weights.to(gated.dtype).unsqueeze(-1)
-        return gated.flatten(-2) @ self.down_proj.transpose(1, 2).flatten(0, 1).to(gated.dtype)
+        gate, up = (F.linear(x, weight.flatten(0, 1)) for weight in (self.gate_proj, self.up_proj))  # [T, E * I]
+        gated = (F.silu(gate) * up).unflatten(-1, self.shape) * weights.to(gate.dtype).unsqueeze(-1)
+        return gated.flatten(-2) @ self.down_proj.transpose(1, 2).flatten(0, 1)
 
 
 class MoE(nn.Module):
@@ -286,6 +286,6 @@ class TinyDeepseekV3(nn.Module):
 
 def initialize(module, config):
     """Normal weights of the config's initializer_range; norms keep their ones."""
-    for name, weight in module.named_parameters(recurse=False):
+    for weight in module.parameters(recurse=False):
         if not isinstance(module, RMSNorm):
             nn.init.normal_(weight, std=config.initializer_range)

@@ -1,6 +1,6 @@
 """Train the tiny model: two stages of AdamW, plain RoPE at 512 tokens, then YaRN at 2048.
 
-    python train.py --tokens build/tokens.npz --out build
+    python -m tools.train_tiny.train --tokens build/tokens.npz --out build
 
 Writes trained.safetensors (BF16, correction biases float32) and curve.csv. Section numbers: arXiv:2412.19437.
 """
@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from model import TinyDeepseekV3, load_config
 from safetensors.torch import save_file
+
+from .model import TinyDeepseekV3, load_config
 
 MTP_WEIGHTS = (0.3, 0.1)  # lambda, early and late (sec. 4.2)
 BIAS_SPEED = 0.001  # gamma; 0 over the last part of the run, so that the shipped bias belongs to the shipped router
@@ -28,13 +29,13 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", required=True, help="tokens.npz from corpus.py")
     parser.add_argument("--out", default="build", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--tokens-per-step", type=int, default=32768)
     parser.add_argument("--windows", type=int, nargs=2, default=(512, 2048), help="window length of the two stages")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--eval-every", type=int, default=200)
+    parser.add_argument("--eval-every", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args(argv)
@@ -70,7 +71,7 @@ def evaluate(model, windows):
     with autocast(windows.device):
         sums = torch.tensor([[loss.item() for loss in losses(model, part)] for part in windows.split(16)])
     sizes = torch.tensor([len(part) for part in windows.split(16)]).unsqueeze(1)
-    for gate, load in zip(model.gates, loads):
+    for gate, load in zip(model.gates, loads, strict=True):
         gate.load.copy_(load)
     model.train()
     return ((sums * sizes).sum(0) / len(windows)).tolist()

@@ -1,0 +1,86 @@
+"""What sharding will take: bytes from the layout, time from doing a little of it."""
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .checks import weight_block_size
+from .decoder import UnitDecoder
+from .parallel import cpu_count, run_threads
+from .plan import MODEL, MTP, ShardPlan, sharding_config
+from .reader import CheckpointReader
+from .sharder import open_checked
+
+_PROBE_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class ShardEstimate:
+    """Bytes, and bytes per second of the output. file_bytes: of one file of the model itself. free: on the disk."""
+
+    files: int
+    file_bytes: int
+    bytes: int
+    free: int
+    source_bytes: int
+    rate: float
+    probed: int
+
+
+def estimate_sharding(
+    model_dir: str | Path,
+    out_dir: str | Path,
+    tp_degree: int,
+    dtype: str,
+    ranks: list[int],
+    jobs: int | None = None,
+    with_mtp: bool = False,
+) -> ShardEstimate:
+    """Checks the checkpoint as shard_checkpoint does, then writes for some seconds to a file that vanishes."""
+    config = sharding_config(model_dir, tp_degree, dtype)
+    plans = [ShardPlan(config, out_dir, part) for part in ([MODEL, MTP] if with_mtp else [MODEL])]
+    folder = next(path for path in (Path(out_dir).absolute(), *Path(out_dir).absolute().parents) if path.exists())
+    with closing(open_checked(model_dir, config, plans)) as reader:
+        probed, seconds = _probe(plans[0], reader, ranks, jobs or cpu_count(), folder)
+        source_bytes = sum(entry.nbytes for entry in reader.entries.values())
+    return ShardEstimate(
+        files=len(plans) * len(ranks),
+        file_bytes=plans[0].file_bytes,
+        bytes=len(ranks) * sum(plan.file_bytes for plan in plans),
+        free=shutil.disk_usage(folder).free,
+        source_bytes=source_bytes,
+        rate=probed / seconds,
+        probed=probed,
+    )
+
+
+def _probe(plan: ShardPlan, reader: CheckpointReader, ranks: list[int], jobs: int, folder: Path) -> tuple[int, float]:
+    """(bytes, seconds) of making and writing units from all over the model, until the time is up."""
+    decoder = UnitDecoder(reader, plan.dtype, weight_block_size(plan.config), plan.tp_degree, ranks)
+    start = time.monotonic()
+    # Far apart, so that the mix of experts and the rest is about right however few there is time for.
+    step = max(1, round(len(plan.units) * 0.382))
+    while gcd(step, len(plan.units)) > 1:
+        step += 1
+    order = (i * step % len(plan.units) for i in range(len(plan.units)))
+    in_time = (i for i in order if time.monotonic() - start < _PROBE_SECONDS)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+
+            def write(i: int) -> int:
+                for group, _, bits in decoder.regions(plan.units[i]):
+                    for _ in group:
+                        os.write(file.fileno(), memoryview(bits).cast("B"))
+                return plan.unit_output_bytes(i, ranks)
+
+            probed = sum(run_threads(in_time, write, min(jobs, plan.affordable_jobs(reader))))
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+    return probed, time.monotonic() - start

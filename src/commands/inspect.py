@@ -1,0 +1,39 @@
+"""`nxdi-deepseek inspect`: what a checkpoint folder holds, and what is wrong with it."""
+
+import argparse
+
+from ..checkpoint.progress import format_bytes
+from ..checkpoint.summary import inspect_checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint; only headers are read")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status 0 when the checkpoint is complete, 1 when it has problems."""
+    summary = inspect_checkpoint(args.model_dir)
+    total = sum(summary.bytes_by_dtype.values())
+    print(f"parameters    {_count(summary.parameters)}, {_count(summary.active)} active per token")
+    print(f"layers        {summary.dense_layers} dense, {summary.moe_layers} with experts")
+    print(f"MTP           {_mtp(summary.mtp_layers, summary.mtp_parameters)}")
+    print(f"quantization  {summary.quantization}")
+    print(f"size          {format_bytes(total)} in {summary.tensors} tensors, {summary.files} files")
+    for title, sizes in (("by dtype", summary.bytes_by_dtype), ("by part", summary.bytes_by_part)):
+        print(title)
+        for name, size in sizes.items():
+            print(f"  {name:<16}{format_bytes(size):>10}  {size / total:6.1%}")
+    for name in summary.extra:
+        print(f"ignored: {name}")
+    for problem in summary.problems:
+        print(f"problem: {problem}")
+    print(f"{len(summary.problems)} problems" if summary.problems else "complete: every tensor is there, in its shape")
+    return 1 if summary.problems else 0
+
+
+def _mtp(layers: int, parameters: int) -> str:
+    return f"{layers} layers, {_count(parameters)} parameters more" if layers else "none"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"

@@ -1,0 +1,20 @@
+"""`nxdi-deepseek unshard`: rank files back to a Hugging Face checkpoint."""
+
+import argparse
+
+from ..checkpoint.progress import ProgressBar, format_bytes
+from ..checkpoint.unshard import unshard
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out_dir", help="the OUT_DIR that shard wrote, with the files of all ranks")
+    parser.add_argument(
+        "model_dir", help="folder to write: config.json, index and shards in the dtype of the rank files"
+    )
+    parser.add_argument("--jobs", type=int, help="threads; one per core if not given")
+
+
+def run(args: argparse.Namespace) -> int:
+    size = unshard(args.out_dir, args.model_dir, args.jobs, ProgressBar("unshard"))
+    print(f"{format_bytes(size)} written to {args.model_dir}")
+    return 0

@@ -1,0 +1,24 @@
+"""`nxdi-deepseek verify`: compares rank files with the checkpoint, bit for bit."""
+
+import argparse
+
+from ..checkpoint.progress import ProgressBar, format_bytes, format_seconds
+from ..checkpoint.verify import verify_shards
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_dir", help="folder of the Hugging Face checkpoint")
+    parser.add_argument("out_dir", help="the OUT_DIR that shard wrote")
+    share = parser.add_mutually_exclusive_group()
+    share.add_argument("--sample", type=float, default=0.01, help="share of the regions to recompute, at random")
+    share.add_argument("--full", action="store_true", help="recompute all of them, and the manifest's checksums")
+    parser.add_argument("--jobs", type=int, help="threads; one per core if not given")
+
+
+def run(args: argparse.Namespace) -> int:
+    sample = 1.0 if args.full else args.sample
+    summary = verify_shards(args.model_dir, args.out_dir, sample, args.jobs, ProgressBar("verify"))
+    print(
+        f"{summary.files} files: {format_bytes(summary.bytes)} compared, all equal, {format_seconds(summary.seconds)}"
+    )
+    return 0

@@ -1,0 +1,92 @@
+"""Rank files are those that NxDI's own ModelBuilder.shard_checkpoint writes, byte for byte."""
+
+import importlib
+
+import pytest
+import torch
+from support import nxdi
+
+nxdi.require_nxdi()
+
+from nxdi_deepseek.checkpoint.sharder import shard_checkpoint  # noqa: E402
+from nxdi_deepseek.modeling_deepseek import NeuronDeepseekV3ForCausalLM  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from support.encodings import ENCODINGS, FP8_CONFIG, write_encoded  # noqa: E402
+from support.models import CONFIGS, greedy, load_config, load_model, random_prompts  # noqa: E402
+
+VARIANTS = ("no q_lora (Moonlight)", "attention_bias", "tied embeddings", "no dense layer", "two shared experts")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The folder of a tiny checkpoint; each is written once."""
+    folders = {}
+
+    def get(name, encoding):
+        if (name, encoding) not in folders:
+            folder = tmp_path_factory.mktemp("model")
+            config = CONFIGS[name] | {key: FP8_CONFIG[key] for key in ("quantization_config", "torch_dtype")}
+            folders[name, encoding] = write_encoded(folder, encoding, config)
+        return folders[name, encoding]
+
+    return get
+
+
+def shard_with_nxdi(model_dir, out_dir, tp_degree, dtype, monkeypatch):
+    """As NxDI's compile() does. Under CPU mode its mock of torch.distributed cannot make process groups."""
+    monkeypatch.setenv("NXD_CPU_MODE", "0")
+    torch_neuronx = importlib.import_module("torch_neuronx")
+    if nxdi.neuron_stand_ins.is_stand_in(torch_neuronx):
+        monkeypatch.setattr(torch_neuronx, "__version__", "2", raising=False)
+    neuron = {"torch_dtype": getattr(torch, dtype), "save_sharded_checkpoint": True, "batch_size": 1}
+    model = NeuronDeepseekV3ForCausalLM(str(model_dir), load_config(model_dir, tp_degree=tp_degree, **neuron))
+    model.shard_weights(f"{out_dir}/")
+
+
+def assert_equals_nxdi(model_dir, tmp_path, tp_degree, dtype, monkeypatch):
+    shard_with_nxdi(model_dir, tmp_path / "nxdi", tp_degree, dtype, monkeypatch)
+    shard_checkpoint(model_dir, tmp_path / "ours", tp_degree, dtype)
+    for rank in range(tp_degree):
+        file = f"weights/tp{rank}_sharded_checkpoint.safetensors"
+        expected, actual = load_file(tmp_path / "nxdi" / file), load_file(tmp_path / "ours" / file)
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert actual[name].dtype == tensor.dtype, name
+            assert torch.equal(actual[name], tensor), name
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "nxdi" / file).read_bytes()
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_encodings(checkpoint, tmp_path, monkeypatch, encoding, dtype, tp_degree):
+    assert_equals_nxdi(checkpoint("v3", encoding), tmp_path, tp_degree, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("tp_degree", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants(checkpoint, tmp_path, monkeypatch, name, dtype, tp_degree):
+    assert_equals_nxdi(checkpoint(name, "FP8, float32 scales"), tmp_path, tp_degree, dtype, monkeypatch)
+
+
+def generate_from_rank_file(model_dir, out_dir, prompts):
+    """Runs in a process of its own. NxDI's CPU mode has no loading of rank files, so they replace what it loaded."""
+    model = load_model(model_dir, batch_size=len(prompts), tp_degree=2)
+    file = f"{out_dir}/weights/tp{torch.distributed.get_rank()}_sharded_checkpoint.safetensors"
+    for wrapper in model.models:
+        for name, parameter in wrapper.model.named_parameters():
+            if not name.startswith("kv_mgr."):
+                parameter.data.zero_()
+        missing, unexpected = wrapper.model.load_state_dict(load_file(file), strict=False)
+        assert not unexpected
+        assert all(name.startswith("kv_mgr.") for name in missing)
+    return greedy(model, prompts, 8)[0].tolist()
+
+
+def test_nxdi_generates_the_same_tokens_from_rank_files(checkpoint, tmp_path):
+    model_dir = checkpoint("v3", "FP8, float32 scales")
+    shard_checkpoint(model_dir, tmp_path, 2, "float32")
+    prompts = random_prompts((6, 11))
+    expected = greedy(load_model(model_dir, batch_size=2), prompts, 8)[0].tolist()
+    assert nxdi.run_parallel(generate_from_rank_file, 2, str(model_dir), str(tmp_path), prompts) == [expected, expected]
