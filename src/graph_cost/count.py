@@ -4,7 +4,7 @@ The HLO is not optimised, so these are figures to compare graphs by, not a time.
 
 min bytes     every parameter that is used read once, every output written once. Where a parameter is only sliced or
               gathered from, the rows taken; a cache that is updated in place costs the rows written.
-fused bytes   what moves when every elementwise operation is fused into the operation that reads its result: matrix
+fused bytes   what moves when an elementwise operation with one reader is fused into it: those with more, matrix
               multiplications, kernels, reductions, sorts, gathers, scatters and collectives read and write memory.
 payload       of a collective: the larger of what it takes and what it gives.
 """
@@ -51,7 +51,13 @@ class GraphCost:
     collectives: list[Collective]
     largest_intermediate: str
     largest_intermediate_bytes: int
-    dynamic_shapes: list[str] = field(default_factory=list)
+    dynamic_shapes: list[str]
+    # What the graph alone does not tell.
+    parameter_bytes: int = 0  # weights on this rank
+    parameter_bytes_read: int = 0
+    parameters_unread: dict[str, int] = field(default_factory=dict)  # bytes of each weight that the graph does not use
+    kv_bytes_per_token: int = 0
+    flop_counter: int = 0  # torch's count of the dot FLOPs, on meta tensors
 
     @property
     def flops(self) -> int:
@@ -63,6 +69,10 @@ class GraphCost:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "GraphCost":
+        return cls(**fields | {"collectives": [Collective(**item) for item in fields["collectives"]]})
 
 
 def count(graph: Graph) -> GraphCost:
@@ -137,37 +147,43 @@ def _output_bytes(output: Instruction) -> int:
 
 
 def _fused_bytes(graph: Graph) -> int:
-    in_memory = {value for value in graph.instructions if _is_unfused(value)} | set(_outputs(graph))
-    return sum(map(_moved, in_memory))
+    outputs = set(_outputs(graph))
+    in_memory = {value for value in graph.instructions if value in outputs or _is_kept(value)}
+    return sum(_bytes_moved(value, in_memory) for value in in_memory if value.opcode != "parameter")
 
 
-def _moved(instruction: Instruction) -> int:
-    if instruction.opcode == "parameter":
-        return 0
-    if instruction.opcode in _TAKES_ROWS:
-        return 2 * instruction.bytes
-    if instruction.opcode in _UPDATES_ROWS:
-        return 2 * instruction.operands[_UPDATES_ROWS[instruction.opcode]].bytes
-    return instruction.bytes + sum(source.bytes for source in _sources(instruction))
+def _is_kept(value: Instruction) -> bool:
+    if value.opcode in (*_UNFUSED, *_COLLECTIVES, *_TAKES_ROWS, *_UPDATES_ROWS):
+        return True
+    return value.opcode == "parameter" or (value.opcode not in (*_VIEWS, *_WITHOUT_MEMORY) and _readers(value) > 1)
 
 
-def _sources(instruction: Instruction) -> list[Instruction]:
-    """The tensors in memory that an instruction reads through the elementwise operations ahead of it."""
-    found, seen, stack = [], set(), list(instruction.operands)
+def _readers(value: Instruction) -> int:
+    return sum(_readers(user) if user.opcode in _VIEWS else 1 for user in value.users)
+
+
+def _bytes_moved(value: Instruction, in_memory: set[Instruction]) -> int:
+    if value.opcode in _TAKES_ROWS:
+        return 2 * value.bytes
+    if value.opcode in _UPDATES_ROWS:
+        return 2 * value.operands[_UPDATES_ROWS[value.opcode]].bytes
+    taken = _elements_taken(value, in_memory)
+    return value.bytes + sum(min(source.elements, number) * source.item_bytes for source, number in taken)
+
+
+def _elements_taken(value: Instruction, in_memory: set[Instruction]) -> Iterator[tuple[Shape, int]]:
+    """What is read of each tensor in memory, through the elementwise operations and slices ahead of `value`."""
+    taken: Counter[Instruction] = Counter()
+    seen = set()
+    stack = [(operand, operand.shapes[0].elements) for operand in value.operands]
     while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if value.opcode in ("parameter", "slice") or _is_unfused(value):
-            found.append(value)
-        else:
-            stack.extend(value.operands)
-    return found
-
-
-def _is_unfused(instruction: Instruction) -> bool:
-    return instruction.opcode in (*_UNFUSED, *_COLLECTIVES, *_TAKES_ROWS, *_UPDATES_ROWS)
+        source, number = stack.pop()
+        if source in in_memory:
+            taken[source] += number
+        elif source not in seen:
+            seen.add(source)
+            stack.extend((operand, min(number, operand.shapes[0].elements)) for operand in source.operands)
+    return ((source.shapes[0], number) for source, number in taken.items())
 
 
 def _collectives(graph: Graph) -> list[Collective]:

@@ -8,10 +8,13 @@ those of the first: every request gets a fork, ahead of which the slow imports a
 import contextlib
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import sys
+import traceback
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,13 +26,13 @@ from .. import neuron_stand_ins
 from ..errors import DeepseekError, GraphCostError
 from ..nxdi_source import NxDINotFound, find_nxdi
 from . import neuron_ops
-from .count import bytes_read, count
+from .count import GraphCost, bytes_read, count
 from .hlo import Graph
 from .request import Request
 
 
-def lower(request: Request) -> dict[str, Any]:
-    """The GraphCost of a request's graph as a dict, and what only its module knows: weights, cache, second opinion."""
+def lower(request: Request) -> GraphCost:
+    """Builds, traces and counts the graph of a request."""
     from neuronx_distributed.trace.mock_torchdist import mock_distributed
 
     from .rank_model import Part
@@ -41,13 +44,14 @@ def lower(request: Request) -> dict[str, Any]:
         hlo, numbers = _trace(part, weights)
     graph = Graph.from_json(hlo)
     read = {name: bytes_read(graph.parameters[number]) for name, number in numbers.items()}
-    return count(graph).to_dict() | {
-        "flop_counter": flop_counter,
-        "parameter_bytes": sum(weight.nbytes for weight in weights.values()),
-        "parameter_bytes_read": sum(read.values()),
-        "parameters_unread": {name: weight.nbytes for name, weight in weights.items() if name not in read},
-        "kv_bytes_per_token": part.kv_bytes_per_token,
-    }
+    return replace(
+        count(graph),
+        parameter_bytes=sum(weight.nbytes for weight in weights.values()),
+        parameter_bytes_read=sum(read.values()),
+        parameters_unread={name: weight.nbytes for name, weight in weights.items() if name not in read},
+        kv_bytes_per_token=part.kv_bytes_per_token,
+        flop_counter=flop_counter,
+    )
 
 
 def _prepare_process() -> None:
@@ -55,6 +59,7 @@ def _prepare_process() -> None:
     os.environ["NXDI_DEEPSEEK_BACKEND"] = "nxdi"
     os.environ.pop("NXD_CPU_MODE", None)  # the graph of the device is wanted, not that of NxD's CPU mode
     warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     folders = find_nxdi()
     try:
         importlib.import_module("torch_xla")
@@ -145,9 +150,12 @@ def _in_fork(request: Request) -> str:
 
 def _answer(request: Request, sender: Any) -> None:
     try:
-        result = lower(request)
+        result = lower(request).to_dict()
     except DeepseekError as error:
         result = {"error": str(error)}
+    except Exception as error:  # of the package that is lowered
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     sender.send(json.dumps(result))
 
 

@@ -1,7 +1,6 @@
 """Rank 0 of a model as NxDI's compile() would trace it, on the meta device, and the part of it that is asked for."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def _causal_lm_class(impl: str | None) -> type[NeuronBaseForCausalLM]:
 
 def _load_config(request: Request) -> Any:
     """The hook that fills an InferenceConfig. A graph of one layer needs only the layers up to the first with experts."""
-    fields = json.loads(Path(request.config).read_text(encoding="utf-8"))
+    fields = dict(request.config)
     fields.pop("torch_dtype", None)
     fields.pop("quantization_config", None)
     if request.part != "model":

@@ -14,6 +14,7 @@ from nxdi_deepseek.nxdi_source import NxDINotFound, find_nxdi
 
 from . import logit_validation
 
+
 def make_importable():
     """Set up CPU mode, so that NxD and NxDI can be imported; raises NxDINotFound."""
     folders = find_nxdi()
