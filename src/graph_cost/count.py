@@ -80,7 +80,8 @@ def count(graph: Graph) -> GraphCost:
     for instruction in graph.instructions:
         if instruction.opcode in _UNCOUNTED:
             raise GraphCostError(f"HLO {instruction.opcode} {instruction.name} cannot be counted; write it out")
-    largest = max((shape for value in _intermediates(graph) for shape in value.shapes), key=lambda shape: shape.bytes)
+    intermediates = (shape for value in _intermediates(graph) for shape in value.shapes)
+    largest = max(intermediates, key=lambda shape: shape.bytes, default=None)
     return GraphCost(
         dot_flops=_dot_flops(graph),
         kernel_flops=_kernel_flops(graph),
@@ -88,8 +89,8 @@ def count(graph: Graph) -> GraphCost:
         fused_bytes=_fused_bytes(graph),
         instructions=len(graph.instructions),
         collectives=_collectives(graph),
-        largest_intermediate=str(largest),
-        largest_intermediate_bytes=largest.bytes,
+        largest_intermediate=str(largest) if largest else "",
+        largest_intermediate_bytes=largest.bytes if largest else 0,
         dynamic_shapes=[item.name for item in graph.instructions if any(shape.dynamic for shape in item.shapes)],
     )
 

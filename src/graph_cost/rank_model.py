@@ -80,7 +80,7 @@ def _causal_lm_class(impl: str | None) -> type[NeuronBaseForCausalLM]:
 
 
 def _load_config(request: Request) -> Any:
-    """The hook that fills an InferenceConfig. A graph of one layer needs only the layers up to the first with experts."""
+    """The hook that fills an InferenceConfig. A graph of one layer needs the layers up to the first with experts."""
     fields = dict(request.config)
     fields.pop("torch_dtype", None)
     fields.pop("quantization_config", None)

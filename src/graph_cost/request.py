@@ -48,6 +48,6 @@ class Request:
             raise GraphCostError(f"graph {text!r} is not PART,PHASE,LENGTH,BATCH, such as moe,decode,4096,8") from None
         if part not in PARTS or phase not in PHASES or request.length < 1 or request.batch < 1:
             raise GraphCostError(
-                f"graph {text!r}: PART is one of {', '.join(PARTS)}, PHASE one of {', '.join(PHASES)}, the rest positive"
+                f"graph {text!r}: PART is one of {', '.join(PARTS)}, PHASE is prefill or decode, the rest are positive"
             )
         return request

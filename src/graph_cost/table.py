@@ -51,10 +51,7 @@ def _number(value: float) -> str:
 
 
 def _align(lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines if len(line) > max(i, 1)) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    )
+    """The first column to the left, the others to the right; a line of one cell may be wider than its column."""
+    full = [line for line in lines if len(line) > 1]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)

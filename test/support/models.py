@@ -13,10 +13,10 @@ from nxdi_deepseek.modeling_deepseek import (
     NeuronDeepseekV3ForCausalLM,
     load_pretrained_config,
 )
-from nxdi_deepseek.synthetic import DEMO_CONFIG
-from nxdi_deepseek.synthetic import RELEASED_CONFIG as RELEASED
+from nxdi_deepseek.synthetic import DEMO_CONFIG, RELEASED_CONFIG
 
 YARN = DEMO_CONFIG["rope_scaling"]
+RELEASED = RELEASED_CONFIG
 
 # A base in which nothing is equal by chance, without FP8 so that the reference has the very same weights.
 V3 = {field: value for field, value in DEMO_CONFIG.items() if field != "quantization_config"}
