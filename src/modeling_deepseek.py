@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from . import backend
 from .checkpoint.convert import StateDictSource, neuron_state_dict
 from .checkpoint.reader import CheckpointReader
-from .checkpoint.sharder import shard_checkpoint
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from .errors import ConfigError
 from .mla import absorbed_attention, expanded_attention
@@ -421,6 +420,8 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
         Files of the same sharding that are there already, of `nxdi-deepseek shard` or an earlier compile(), are kept.
         """
+        from .checkpoint.sharder import shard_checkpoint
+
         neuron_config = self.neuron_config
         if neuron_config.skip_sharding or not neuron_config.save_sharded_checkpoint:
             return

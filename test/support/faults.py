@@ -1,0 +1,68 @@
+"""Runs of the sharder that end badly, in processes of their own."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import time
+
+from nxdi_deepseek.checkpoint import sharder
+
+# Starting from a process that has everything imported takes milliseconds.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["pytest", "nxdi_deepseek.checkpoint.sharder"])
+
+
+def start(function, *args):
+    process = _CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def shard_eagerly(model_dir, out_dir, tp_degree):
+    """With a journal entry for every unit, not every some seconds."""
+    sharder.SYNC_SECONDS = 0.0
+    with contextlib.suppress(KeyboardInterrupt):
+        sharder.shard_checkpoint(model_dir, out_dir, tp_degree, jobs=2, resume=True)
+
+
+def kill_after(seconds, *args):
+    """Runs shard_eagerly and kills it. True if it was still running."""
+    process = start(shard_eagerly, *args)
+    process.join(seconds)
+    alive = process.is_alive()
+    if alive:
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return alive
+
+
+def shard_with_file_limit(model_dir, out_dir, tp_degree, limit, connection):
+    """Sends the message of the error that a system refusing files beyond `limit` bytes leads to."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        sharder.shard_checkpoint(model_dir, out_dir, tp_degree)
+    except Exception as error:
+        connection.send((type(error).__name__, str(error)))
+
+
+def shard_slowly(model_dir, out_dir, tp_degree, connection):
+    """Says when it has begun, then takes its time."""
+
+    def progress(_):
+        connection.send("begun")
+        time.sleep(60)
+
+    sharder.shard_checkpoint(model_dir, out_dir, tp_degree, progress=progress)
+
+
+def peak_memory(model_dir, out_dir, tp_degree, ranks, connection):
+    """Sends the process's peak RSS in bytes after sharding `ranks`."""
+    sharder.shard_checkpoint(model_dir, out_dir, tp_degree, ranks=ranks)
+    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def pipe():
+    return _CONTEXT.Pipe(duplex=False)
