@@ -51,7 +51,6 @@ class GraphCost:
     collectives: list[Collective]
     largest_intermediate: str
     largest_intermediate_bytes: int
-    dynamic_shapes: list[str]
     # What the graph alone does not tell.
     parameter_bytes: int = 0  # weights on this rank
     parameter_bytes_read: int = 0
@@ -76,10 +75,12 @@ class GraphCost:
 
 
 def count(graph: Graph) -> GraphCost:
-    """Counts a graph. Raises GraphCostError where it holds what cannot be counted."""
+    """Counts a graph. Raises GraphCostError where it is not static or holds what cannot be counted."""
     for instruction in graph.instructions:
         if instruction.opcode in _UNCOUNTED:
             raise GraphCostError(f"HLO {instruction.opcode} {instruction.name} cannot be counted; write it out")
+        if any(shape.dynamic for shape in instruction.shapes):
+            raise GraphCostError(f"HLO {instruction.name} has a dynamic shape, which Neuron cannot compile")
     intermediates = (shape for value in _intermediates(graph) for shape in value.shapes)
     largest = max(intermediates, key=lambda shape: shape.bytes, default=None)
     return GraphCost(
@@ -91,7 +92,6 @@ def count(graph: Graph) -> GraphCost:
         collectives=_collectives(graph),
         largest_intermediate=str(largest) if largest else "",
         largest_intermediate_bytes=largest.bytes if largest else 0,
-        dynamic_shapes=[item.name for item in graph.instructions if any(shape.dynamic for shape in item.shapes)],
     )
 
 

@@ -80,9 +80,10 @@ def _flops_on_meta(part: nn.Module) -> int:
         with torch.device("meta"), counter:
             _run(part, lambda tensor: tensor.to("meta"))
     except (RuntimeError, NotImplementedError) as error:
-        if "meta" not in str(error):
+        if "meta" not in str(error).lower():
             raise
-        raise GraphCostError(f"the graph reads a tensor's value while it is traced: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise GraphCostError(f"the model reads a tensor's value, which a static graph cannot: {reason}") from error
     return counter.get_total_flops()
 
 

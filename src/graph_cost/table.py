@@ -36,11 +36,13 @@ def format_comparison(
     """One line per graph and figure: the other package's, this one's, and how many times the other's is larger."""
     lines = [["graph", "figure", "other", "ours", "ratio"]]
     for request, other, own in zip(requests, theirs, ours, strict=True):
+        graph = str(request)
         for title, column in _COLUMNS.items():
             values = column(other, machine), column(own, machine)
             if any(values):
                 ratio = f"{values[0] / values[1]:.2f}" if values[1] else "-"
-                lines.append([str(request), title, *map(_number, values), ratio])
+                lines.append([graph, title, *map(_number, values), ratio])
+                graph = ""
     return _align(lines)
 
 

@@ -145,11 +145,12 @@ def test_kernel_flops_follow_the_formula():
     assert cost.flops == 185321127936
 
 
-def test_dynamic_shapes_are_named():
+def test_dynamic_shapes_are_an_error():
     hlo = Hlo()
     hlo.add("negate", "F32", (8,), hlo.parameter(0, "F32", 8))
     hlo.instructions[-1]["shape"]["isDynamicDimension"] = [True]
-    assert count(hlo.graph()).dynamic_shapes == ["negate.2"]
+    with pytest.raises(GraphCostError, match="negate.2 has a dynamic shape"):
+        count(hlo.graph())
 
 
 @pytest.mark.parametrize(
