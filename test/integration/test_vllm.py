@@ -76,6 +76,28 @@ def run_offline(tmp_path, engine, prompts, **variables):
     return json.loads(output.read_text()) if output.exists() else None, result.stdout + result.stderr
 
 
+REGISTRATION = """
+import sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+print([name for name in ("neuronx_distributed_inference", "nxdi_deepseek.modeling_deepseek") if name in sys.modules])
+from vllm_neuron.worker import neuronx_distributed_model_loader as loader
+from nxdi_deepseek.integrations.vllm import register_model
+for _ in range(2):
+    for architecture in ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", "LlamaForCausalLM"):
+        print(loader._get_neuron_model_cls(architecture).__name__)
+    register_model()
+"""
+
+
+def test_registration_in_the_plugins_own_table():
+    """vLLM's start imports nothing of NxDI; the plugin's loader, once imported, finds the model, however often."""
+    result = subprocess.run([PYTHON, "-c", REGISTRATION], env=environment(), capture_output=True, text=True)
+    printed = [line for line in result.stdout.splitlines() if line.startswith(("[", "Neuron"))]
+    classes = ["NeuronDeepseekV3ForCausalLM", "NeuronDeepseekV3ForCausalLM", "NeuronLlamaForCausalLM"]
+    assert printed == ["[]", *classes, *classes], result.stdout + result.stderr
+
+
 @pytest.mark.parametrize(
     "override",
     [{}, {"enable_bucketing": False}, {"on_device_sampling_config": None}],
