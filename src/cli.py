@@ -11,6 +11,8 @@ from .errors import DeepseekError
 # Subcommand -> its module in `commands` and its line in --help. Modules are imported when their command runs.
 COMMANDS = {
     "demo": ("demo", "complete prompts with the small model that ships along, compare every logit with Hugging Face"),
+    "compare": ("compare", "measure how far a run of the model is from golden outputs, and find where it starts"),
+    "golden": ("golden", "write reference logits from Hugging Face's modules, layer by layer, in a few GB of memory"),
     "generate": ("generate", "complete prompts with a checkpoint folder"),
     "inspect": ("inspect", "what a checkpoint folder holds, from its headers, and what is wrong with it"),
     "shard": ("shard", "write one file per rank from a checkpoint folder, as NxDI loads them"),

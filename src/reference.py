@@ -20,13 +20,19 @@ def hugging_face_model(model_dir: str | Path) -> DeepseekV3ForCausalLM:
     """
     config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), load_config=load_pretrained_config(model_dir))
     _check_memory(config)
+    state_dict = dequantized_state_dict(model_dir, config)
+    model = DeepseekV3ForCausalLM.from_pretrained(
+        None, config=hugging_face_config(model_dir), state_dict=state_dict, dtype=torch.float32
+    )
+    return model.eval()
+
+
+def hugging_face_config(model_dir: str | Path) -> DeepseekV3Config:
+    """transformers' config of a checkpoint folder, for unquantized weights and eager attention."""
     fields = read_config_json(model_dir)
     for name in ("quantization_config", "auto_map", "torch_dtype", "dtype", "model_type"):
         fields.pop(name, None)
-    hf_config = DeepseekV3Config(**fields, attn_implementation="eager")
-    state_dict = dequantized_state_dict(model_dir, config)
-    model = DeepseekV3ForCausalLM.from_pretrained(None, config=hf_config, state_dict=state_dict, dtype=torch.float32)
-    return model.eval()
+    return DeepseekV3Config(**fields, attn_implementation="eager")
 
 
 def _check_memory(config: DeepseekV3InferenceConfig) -> None:

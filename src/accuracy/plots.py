@@ -1,0 +1,146 @@
+"""The figures of a report, as SVG written by hand: nothing to install, nothing to load."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from html import escape
+
+import torch
+
+from .compare import Comparison
+from .recording import stages
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 470, 290, 62, 42, 34, 14
+_COLOURS = ("#2563a8", "#c2571a", "#2e7d4f", "#8a3ffc", "#b42318", "#5f6b7a")
+_SCATTER_POINTS = 1500
+
+Point = tuple[float, float]
+
+
+def figures(comparison: Comparison) -> Iterator[str]:
+    """SVG elements: difference per position, golden against ours, and, with traces, error growth and router flips."""
+    yield _difference_per_position(comparison)
+    yield _scatter(comparison)
+    if comparison.findings:
+        yield _error_growth(comparison)
+        yield _router_flips(comparison)
+
+
+def _difference_per_position(comparison: Comparison) -> str:
+    axes = _Axes("Largest logit difference per token", "token", "max |difference|", log_y=True)
+    for i, prompt in enumerate(comparison.prompts):
+        axes.line(f"prompt {i}", list(enumerate(prompt.tokens["max_difference"].tolist())))
+    return axes.svg()
+
+
+def _scatter(comparison: Comparison) -> str:
+    golden = torch.cat([prompt.golden.flatten() for prompt in comparison.prompts])
+    ours = torch.cat([prompt.ours.flatten() for prompt in comparison.prompts])
+    chosen = torch.randperm(len(golden), generator=torch.Generator().manual_seed(0))[:_SCATTER_POINTS]
+    axes = _Axes(f"Logits ({len(chosen)} of {len(golden)})", "golden", "run")
+    axes.dots(list(zip(golden[chosen].tolist(), ours[chosen].tolist(), strict=True)))
+    return axes.svg()
+
+
+def _error_growth(comparison: Comparison) -> str:
+    axes = _Axes("Error growth over the layers", "stage", "worst relative error", log_y=True)
+    axes.line("output of the stage", [(i, error) for i, (_, error) in enumerate(comparison.findings.growth)])
+    return axes.svg()
+
+
+def _router_flips(comparison: Comparison) -> str:
+    counts = Counter(flip.stage for flip in comparison.findings.flips)
+    axes = _Axes("Tokens with other experts, per stage", "stage", "tokens")
+    axes.bars([(i, counts[stage]) for i, stage in enumerate(stages(comparison.golden.dimensions))])
+    return axes.svg()
+
+
+class _Axes:
+    """One figure. Points are collected first, since they decide the scales."""
+
+    def __init__(self, title: str, x_label: str, y_label: str, log_y: bool = False):
+        self.title, self.x_label, self.y_label, self.log_y = title, x_label, y_label, log_y
+        self.series: list[tuple[str, str, list[Point]]] = []
+
+    def line(self, name: str, points: list[Point]) -> None:
+        self.series.append(("line", name, points))
+
+    def dots(self, points: list[Point]) -> None:
+        self.series.append(("dots", "", points))
+
+    def bars(self, points: list[Point]) -> None:
+        self.series.append(("bars", "", points))
+
+    def svg(self) -> str:
+        self._scale()
+        parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif" '
+            f'font-size="11" role="img" aria-label="{escape(self.title)}">',
+            _label(_LEFT, 18, self.title, size=13),
+            _label((_LEFT + _WIDTH) / 2, _HEIGHT - 8, self.x_label, "middle"),
+            f'<g transform="rotate(-90 14 {_HEIGHT / 2})">{_label(14, _HEIGHT / 2, self.y_label, "middle")}</g>',
+            *self._grid(),
+        ]
+        for number, (kind, name, points) in enumerate(self.series):
+            colour = _COLOURS[number % len(_COLOURS)]
+            parts += getattr(self, f"_draw_{kind}")([(self._x(x), self._y(y)) for x, y in points], colour)
+            if name and number < len(_COLOURS):
+                parts.append(_label(_WIDTH - _RIGHT, 18 + 12 * number, name, "end", colour))
+        return "".join(parts) + "</svg>"
+
+    def _scale(self) -> None:
+        points = [point for _, _, points in self.series for point in points]
+        self.x_range = _widen([x for x, _ in points])
+        values = [y for _, y in points if math.isfinite(y)]
+        if self.log_y:
+            positive = [y for y in values if y > 0] or [1e-12, 1.0]
+            self.floor = min(positive) / 2
+            values = [math.log10(max(y, self.floor)) for y in values]
+        elif any(kind == "bars" for kind, _, _ in self.series):
+            values.append(0)
+        self.y_range = _widen(values)
+
+    def _x(self, x: float) -> float:
+        low, high = self.x_range
+        return _LEFT + (x - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+
+    def _y(self, y: float) -> float:
+        low, high = self.y_range
+        if self.log_y:
+            y = math.log10(max(y, self.floor)) if math.isfinite(y) else high
+        return _HEIGHT - _BOTTOM - (y - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP)
+
+    def _grid(self) -> Iterator[str]:
+        for i in range(5):
+            x = self.x_range[0] + i / 4 * (self.x_range[1] - self.x_range[0])
+            y = self.y_range[0] + i / 4 * (self.y_range[1] - self.y_range[0])
+            height = _HEIGHT - _BOTTOM - i / 4 * (_HEIGHT - _BOTTOM - _TOP)
+            yield f'<path d="M{_LEFT} {height:.1f}H{_WIDTH - _RIGHT}" stroke="#e4e7eb"/>'
+            yield _label(_LEFT - 6, height + 4, f"{10**y:.0e}" if self.log_y else f"{y:.3g}", "end")
+            yield _label(self._x(x), _HEIGHT - _BOTTOM + 15, f"{x:.3g}", "middle")
+
+    def _draw_line(self, points: list[Point], colour: str) -> list[str]:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        return [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'] + [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>' for x, y in points
+        ]
+
+    def _draw_dots(self, points: list[Point], colour: str) -> list[str]:
+        return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.5" fill="{colour}" fill-opacity=".5"/>' for x, y in points]
+
+    def _draw_bars(self, points: list[Point], colour: str) -> list[str]:
+        width, base = 0.6 * (_WIDTH - _LEFT - _RIGHT) / max(len(points), 1), self._y(0)
+        return [
+            f'<rect x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{base - y:.1f}" fill="{colour}"/>'
+            for x, y in points
+        ]
+
+
+def _widen(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _label(x: float, y: float, text: str, anchor: str = "start", colour: str = "#1f2933", size: int = 11) -> str:
+    text = escape(text)
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">{text}</text>'

@@ -1,0 +1,79 @@
+"""`nxdi-deepseek golden`: what Hugging Face's modules say, for a checkpoint of any size."""
+
+import argparse
+import sys
+import time
+
+import torch
+
+from ..accuracy.golden import make_golden
+from ..accuracy.greedy import Rule
+from ..accuracy.recording import Entry
+from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
+from ..errors import ConfigError
+from .prompts import add_prompt_arguments, check_ids, load_tokenizer, parse_ids, read_generation_config, stop_tokens
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint, FP8 or not")
+    add_prompt_arguments(parser)
+    parser.add_argument(
+        "--continuation",
+        action="append",
+        help="what is expected to follow the prompt of the same number, text or ids as the prompts: saves passes over "
+        "the weights as far as it is right, and changes no result",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument(
+        "--min-new-tokens", type=int, default=0, help="rule out stop tokens before; inference_demo does"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--trace", action="store_true", help="also write what every module gives, for compare --bisect")
+    parser.add_argument("--batch-size", type=int, default=1, help="of the inference_demo run to check (default 1)")
+    parser.add_argument("--out", required=True, help="folder to write; an unfinished run there goes on")
+
+
+def run(args: argparse.Namespace) -> int:
+    for option in ("max_new_tokens", "batch_size"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
+    config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), load_config=load_pretrained_config(args.model_dir))
+    prompts, drafts = _prompts(args)
+    check_ids([prompt.prompt for prompt in prompts], config.vocab_size)
+    check_ids([draft for draft in drafts if draft], config.vocab_size)
+    stops = stop_tokens(read_generation_config(args.model_dir, config))
+    rule = Rule(args.max_new_tokens, tuple(stops), args.min_new_tokens)
+    dtype = getattr(torch, args.dtype)
+    recording = make_golden(
+        args.model_dir, prompts, drafts, rule, args.out, dtype, args.trace, args.batch_size, _Reporter()
+    )
+    for entry in recording.entries:
+        print(" ".join(map(str, entry.tokens)))
+    print(f"{args.out}: logits of {sum(len(entry.tokens) for entry in recording.entries)} tokens by {recording.source}")
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> tuple[list[Entry], list[list[int]]]:
+    texts, continuations = args.prompt or args.prompt_ids, args.continuation or []
+    if len(continuations) > len(texts):
+        raise ConfigError(f"{len(continuations)} --continuation for {len(texts)} prompts; give at most one for each")
+    if args.prompt:
+        tokenizer = load_tokenizer(args.model_dir)
+        prompts = [Entry(text, tokenizer(text).input_ids) for text in texts]
+        drafts = [tokenizer(text, add_special_tokens=False).input_ids for text in continuations]
+    else:
+        prompts = [Entry(None, ids) for ids in parse_ids(texts)]
+        drafts = parse_ids(continuations, "--continuation")
+    return prompts, drafts + [[]] * (len(texts) - len(continuations))
+
+
+class _Reporter:
+    """Lines on stderr with the time since the start; on a terminal each takes the place of the last."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        minutes, seconds = divmod(int(time.monotonic() - self.start), 60)
+        start, end = ("\r\033[K", "") if sys.stderr.isatty() and ": layer " in line else ("\r", "\n")
+        print(f"{start}{minutes:4}:{seconds:02} {line}", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,102 @@
+"""What compare must see on every backend; a test module runs it by importing all of it."""
+
+import json
+
+import pytest
+from nxdi_deepseek.accuracy.evaluate import evaluate
+from nxdi_deepseek.accuracy.gates import DEFAULTS
+from nxdi_deepseek.accuracy.golden import make_golden
+from nxdi_deepseek.accuracy.greedy import Rule
+from nxdi_deepseek.accuracy.recording import Entry
+from nxdi_deepseek.cli import main
+from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from safetensors.torch import load_file, save_file
+
+from support import planted_faults as faults
+from support.models import CONFIGS, load_model, random_prompts
+
+NEW_TOKENS = 8
+PROMPTS = random_prompts((12, 4, 7), seed=1)
+# FP8 with a grid of more than one block both ways, so that a transposed scale shows.
+FIELDS = CONFIGS["v3"] | {
+    "quantization_config": DEMO_CONFIG["quantization_config"],
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "eos_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("released"), shift=0.0)
+
+
+@pytest.fixture(scope="module")
+def negative(tmp_path_factory):
+    """All correction biases so low that every biased score is negative."""
+    return make_case(tmp_path_factory.mktemp("negative"), shift=-2.0)
+
+
+def make_case(folder, shift):
+    """A checkpoint and its golden outputs, with traces."""
+    model_dir = folder / "model"
+    write_checkpoint(model_dir, FIELDS, seed=4)
+    edit_tensors(model_dir, "e_score_correction_bias", lambda bias: bias + shift)
+    entries = [Entry(None, prompt) for prompt in PROMPTS]
+    golden = make_golden(model_dir, entries, [[]] * len(entries), Rule(NEW_TOKENS), folder / "golden", trace=True)
+    return model_dir, golden
+
+
+def edit_tensors(model_dir, suffix, function):
+    for shard in model_dir.glob("*.safetensors"):
+        tensors = load_file(shard)
+        save_file({n: function(t).contiguous() if n.endswith(suffix) else t for n, t in tensors.items()}, shard)
+
+
+def run_model(case):
+    model_dir, golden = case
+    return load_model(model_dir, batch_size=len(PROMPTS), seq_len=32), golden
+
+
+def bisect(model, golden):
+    return evaluate(model, golden, DEFAULTS["float32"], bisect=True)
+
+
+@pytest.mark.parametrize("name", ["released", "negative"])
+def test_the_model_passes(name, request):
+    comparison = bisect(*run_model(request.getfixturevalue(name)))
+    assert comparison.passed, comparison.failures
+    assert comparison.findings.origin is None
+    assert comparison.findings.flips == []
+    assert [prompt.free_run.length for prompt in comparison.prompts] == [NEW_TOKENS] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("plant", faults.FAULTS, ids=lambda plant: plant.__name__)
+def test_a_planted_fault_is_named(plant, request, monkeypatch):
+    case = request.getfixturevalue("negative" if plant is faults.masked_groups_as_zero else "released")
+    model, golden = run_model(case)
+    plant(monkeypatch, model)
+    comparison = bisect(model, golden)
+    assert not comparison.passed
+    origin = comparison.findings.origin
+    assert origin.name == faults.FAULTS[plant]
+    if plant is faults.gate_and_up_swapped:
+        assert origin.experts == [faults.SWAPPED_EXPERT]
+    if plant is faults.masked_groups_as_zero:
+        assert not any(flip.is_tie for flip in comparison.findings.flips if flip.stage == "layers.1")
+    if plant is faults.positions_of_the_first_sequence:
+        assert origin.prompt > 0
+        assert origin.position >= len(PROMPTS[origin.prompt])  # prompts all begin at position 0
+
+
+def test_transposed_fp8_scales_are_named(released, tmp_path, capsys):
+    """Through the command: the checkpoint itself is at fault."""
+    model_dir, golden = released
+    write_checkpoint(tmp_path / "model", FIELDS, seed=4)
+    edit_tensors(tmp_path / "model", "_scale_inv", lambda scale: scale.T.reshape(scale.shape))
+    arguments = [str(golden.folder), str(tmp_path / "model"), "--bisect", "--out", str(tmp_path / "report")]
+    assert main(["compare", *arguments]) == 1
+    assert "FAILED trace: layers.0.self_attn.o_proj (output projection of attention)" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["trace"]["origin"]["name"] == "layers.0.self_attn.o_proj"
+    assert not report["passed"]

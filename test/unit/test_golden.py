@@ -1,0 +1,209 @@
+"""Golden outputs against transformers' whole model, and what a killed run leaves."""
+
+import os
+import signal
+
+import pytest
+import torch
+from nxdi_deepseek.accuracy.greedy import Rule, Sequence
+from nxdi_deepseek.accuracy.recording import load_recording
+from nxdi_deepseek.cli import main
+from nxdi_deepseek.reference import hugging_face_model, reference_logits
+from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from support.models import CONFIGS, random_prompts
+from support.sparse import peak_memory_growth, write_sparse_checkpoint
+
+# float32 against float32. Two evaluations that sum n terms in different orders differ by about sqrt(n) * 2^-24 of the
+# largest value; n is the terms on the way to a logit (3 layers of some 3000), logits reach 6: 3.4e-5. Three times that.
+TOLERANCE = 1e-4
+NEW_TOKENS = 6
+
+FP8 = {"quantization_config": DEMO_CONFIG["quantization_config"], "vocab_size": 256}
+NAMES = ("v3", "no q_lora (Moonlight)", "tied embeddings")
+
+
+def ids(tokens):
+    return ",".join(map(str, tokens))
+
+
+def golden(model_dir, out, *arguments, prompts=((5, 17, 42, 9), (7, 8))):
+    prompt_arguments = [word for prompt in prompts for word in ("--prompt-ids", ids(prompt))]
+    return main(["golden", str(model_dir), *prompt_arguments, "--out", str(out), *arguments])
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    write_checkpoint(path, CONFIGS["v3"] | FP8 | {"eos_token_id": None})
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(model_dir, tmp_path_factory):
+    """A finished run with traces."""
+    out = tmp_path_factory.mktemp("golden") / "out"
+    assert golden(model_dir, out, "--max-new-tokens", str(NEW_TOKENS), "--trace") == 0
+    return out
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_whole_model_on_dequantized_weights(name, tmp_path):
+    write_checkpoint(tmp_path / "model", CONFIGS[name] | FP8, seed=3)
+    prompts = random_prompts((9, 1, 14))
+    arguments = ("--max-new-tokens", str(NEW_TOKENS), "--min-new-tokens", str(NEW_TOKENS))
+    assert golden(tmp_path / "model", tmp_path / "out", *arguments, prompts=prompts) == 0
+    recording = load_recording(tmp_path / "out")
+    model = hugging_face_model(tmp_path / "model")
+    for prompt, entry, logits in zip(prompts, recording.entries, recording.logits, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=1,
+        )
+        assert prompt + entry.tokens == expected[0].tolist()
+        expected_logits = reference_logits(model, prompt + entry.tokens)[len(prompt) - 1 : -1]
+        torch.testing.assert_close(logits, expected_logits, rtol=0, atol=TOLERANCE)
+
+
+def run_until_killed(command, writes):
+    """In a fork of this process that is killed in the middle of its write number `writes`. True if it was."""
+    process = os.fork()
+    if process == 0:
+        replace, left = os.replace, [writes]
+
+        def replace_or_die(*paths):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*paths)
+
+        os.replace = replace_or_die
+        main(command)
+        os._exit(0)
+    _, status = os.waitpid(process, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_and_resumed_gives_the_same_bytes(model_dir, made, tmp_path):
+    """Killed again and again until it is done, in passes, in the trace and while it writes the results."""
+    out = tmp_path / "out"
+    command = ["golden", str(model_dir), "--prompt-ids", "5,17,42,9", "--prompt-ids", "7,8", "--out", str(out)]
+    command += ["--max-new-tokens", str(NEW_TOKENS), "--trace"]
+    times = 0
+    while run_until_killed(command, writes=7):  # the last steps need 6
+        times += 1
+        assert not (out / "recording.json").exists()
+        assert times < 100
+    assert times > 5
+    assert files(out) == files(made)
+
+
+def test_memory_does_not_hold_a_layer(tmp_path):
+    """4 expert layers of 32 experts are 1.6 GB in float32, a layer's experts 400 MB. One expert (12 MB), the largest
+    matrix of attention, a piece of the head (34 MB) and what is copied on the way fit in 120 MB."""
+    tokens = list(range(2, 18))
+    fields = CONFIGS["v3"] | FP8 | {"hidden_size": 1024, "moe_intermediate_size": 1024, "vocab_size": 32768}
+    fields |= {"num_hidden_layers": 5, "n_routed_experts": 32, "n_group": 1, "topk_group": 1}
+    write_sparse_checkpoint(tmp_path, fields, tokens)
+    grown = peak_memory_growth(golden, tmp_path, tmp_path / "out", "--max-new-tokens", "1", prompts=[tokens])
+    assert load_recording(tmp_path / "out").entries[0].tokens
+    print(grown)
+    assert 0 < grown < 120e6
+
+
+def test_a_draft_saves_passes_and_changes_no_token(model_dir, made, tmp_path, capsys):
+    recording = load_recording(made)
+    first, second = (entry.tokens for entry in recording.entries)
+    wrong = [*second[:2], (second[2] + 1) % 256, *second[3:]]
+    arguments = ["--max-new-tokens", str(NEW_TOKENS), "--continuation", ids(first), "--continuation", ids(wrong)]
+    assert golden(model_dir, tmp_path / "out", *arguments) == 0
+    drafted = load_recording(tmp_path / "out")
+    assert [entry.tokens for entry in drafted.entries] == [first, second]
+    for logits, expected in zip(drafted.logits, recording.logits, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    assert "pass 2" in (stderr := capsys.readouterr().err)
+    assert "pass 3" not in stderr  # one pass for the draft that holds, two for the one with a wrong token
+
+
+def test_draft_holds_up_to_the_first_other_choice():
+    def logits(*tokens):
+        return torch.nn.functional.one_hot(torch.tensor(tokens), 10).float()
+
+    sequence = Sequence([1, 2], draft=[3, 4, 9, 6])
+    rule = Rule(max_new_tokens=8)
+    assert sequence.new_tokens(rule) == [1, 2, 3, 4, 9, 6]
+    assert sequence.advance(logits(3, 4, 5, 0, 0), rule) == 3
+    assert (sequence.tokens, sequence.draft, sequence.cached) == ([3, 4, 5], [6], 4)
+    assert sequence.new_tokens(rule) == [5, 6]
+    assert sequence.advance(logits(6, 7), rule) == 2
+    assert (sequence.tokens, sequence.draft, sequence.cached) == ([3, 4, 5, 6, 7], [], 6)
+
+
+def test_stop_token_ends_but_not_too_early():
+    rule = Rule(max_new_tokens=5, stop_tokens=(1,), min_new_tokens=2)
+    scores = torch.tensor([0.0, 2.0, 1.0])
+    assert [rule.choose(scores, step) for step in range(3)] == [2, 2, 1]
+    assert rule.is_done([2, 2, 1])
+    assert not rule.is_done([2, 2])
+
+
+def test_expected_outputs_load_safely_in_the_form_of_generate(model_dir, made):
+    recording = load_recording(made)
+    outputs = torch.load(made / "expected_outputs_1.pt", weights_only=True)
+    model = hugging_face_model(model_dir)
+    expected = model.generate(
+        torch.tensor([[7, 8]]),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    assert torch.equal(outputs.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(outputs.scores), torch.stack(expected.scores), rtol=0, atol=TOLERANCE)
+    assert outputs.sequences[0, 2:].tolist() == recording.entries[1].tokens
+
+
+def test_negative_biases_choose_as_the_release_does(tmp_path, monkeypatch):
+    """transformers 4 rules experts out with 0, which beats a negative score; the oracle must not follow it."""
+    from nxdi_deepseek.accuracy.oracle import LayerOracle
+    from nxdi_deepseek.routing import select_experts
+
+    write_checkpoint(tmp_path, CONFIGS["v3"])
+    oracle = LayerOracle(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    get = oracle.weights.get
+    bias = -1 - torch.rand(16, generator=generator)
+    monkeypatch.setattr(oracle.weights, "get", lambda name: bias if name.endswith("bias") else get(name))
+    tokens = torch.randn(40, 96, generator=generator)
+    index, _, scores = oracle._route("model.layers.1.mlp.gate.", tokens)
+    ours = select_experts(scores - bias, bias, 4, 4, 2)
+    assert torch.equal(index.sort(-1).values, ours.sort(-1).values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["--continuation", "1", "--continuation", "2", "--continuation", "3"], "3 --continuation for 2 prompts"),
+        (["--continuation", "999"], "token id 999 is outside the vocabulary of 256"),
+    ],
+)
+def test_bad_arguments_are_one_line(model_dir, tmp_path, capsys, arguments, message):
+    assert golden(model_dir, tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_refused(model_dir, made, tmp_path, capsys):
+    assert golden(model_dir, made, "--max-new-tokens", "2") == 2
+    assert "holds finished outputs" in capsys.readouterr().err
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "request.json").write_text("{}")
+    assert golden(model_dir, tmp_path) == 2
+    assert "an unfinished run of another model" in capsys.readouterr().err
