@@ -2,12 +2,14 @@
 
 NxDI when `neuronx_distributed_inference` can be imported, else the embedded runtime. The environment variable
 NXDI_DEEPSEEK_BACKEND (auto, nxdi, embedded) overrides the choice. No other file imports NxD or NxDI, except the
-integrations that exist for them.
+integrations that exist for them and what lowers NxDI's own model instances (graph_cost/rank_model.py).
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+from types import ModuleType
 
 from .errors import ConfigError
 
@@ -34,60 +36,32 @@ def _nxdi_version() -> str:
 
 NAME = _choose()
 
-if NAME == "nxdi":
+
+def _surface() -> ModuleType:
     try:
-        from .nxdi_backend import (
-            ColumnParallelLinear,
-            HuggingFaceGenerationAdapter,
-            InferenceConfig,
-            KVCacheManager,
-            MoENeuronConfig,
-            NeuronBaseForCausalLM,
-            NeuronBaseModel,
-            ParallelEmbedding,
-            RowParallelLinear,
-            build_moe,
-            gather_sequence,
-            rmsnorm_cls,
-        )
+        return importlib.import_module(".nxdi_backend" if NAME == "nxdi" else ".embedded", __package__)
     except ImportError as error:
+        if NAME != "nxdi":
+            raise
         raise ConfigError(
             f"{_NXDI} {_nxdi_version()} cannot be used ({error}); install the Neuron SDK 2.29 or newer, "
             f"or set {BACKEND_VARIABLE}=embedded"
         ) from error
-else:
-    from .embedded import (
-        ColumnParallelLinear,
-        HuggingFaceGenerationAdapter,
-        InferenceConfig,
-        KVCacheManager,
-        MoENeuronConfig,
-        NeuronBaseForCausalLM,
-        NeuronBaseModel,
-        ParallelEmbedding,
-        RowParallelLinear,
-        build_moe,
-        gather_sequence,
-        rmsnorm_cls,
-    )
 
-__all__ = [
-    "BACKEND_VARIABLE",
-    "NAME",
-    "ColumnParallelLinear",
-    "HuggingFaceGenerationAdapter",
-    "InferenceConfig",
-    "KVCacheManager",
-    "MoENeuronConfig",
-    "NeuronBaseForCausalLM",
-    "NeuronBaseModel",
-    "ParallelEmbedding",
-    "RowParallelLinear",
-    "build_moe",
-    "describe",
-    "gather_sequence",
-    "rmsnorm_cls",
-]
+
+_names = _surface()
+ColumnParallelLinear = _names.ColumnParallelLinear
+HuggingFaceGenerationAdapter = _names.HuggingFaceGenerationAdapter
+InferenceConfig = _names.InferenceConfig
+KVCacheManager = _names.KVCacheManager
+MoENeuronConfig = _names.MoENeuronConfig
+NeuronBaseForCausalLM = _names.NeuronBaseForCausalLM
+NeuronBaseModel = _names.NeuronBaseModel
+ParallelEmbedding = _names.ParallelEmbedding
+RowParallelLinear = _names.RowParallelLinear
+build_moe = _names.build_moe
+gather_sequence = _names.gather_sequence
+rmsnorm_cls = _names.rmsnorm_cls
 
 
 def describe() -> str:

@@ -25,16 +25,16 @@ from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
 from .routing import expert_weights, select_experts
 
 __all__ = [
-    "DeepseekV3Attention",
-    "DeepseekV3DenseMLP",
     "DeepseekV3InferenceConfig",
     "DeepseekV3NeuronConfig",
-    "DeepseekV3Router",
-    "LatentKVCacheManager",
-    "NeuronDeepseekV3DecoderLayer",
-    "NeuronDeepseekV3ForCausalLM",
-    "NeuronDeepseekV3Model",
     "load_pretrained_config",
+    "LatentKVCacheManager",
+    "DeepseekV3Attention",
+    "DeepseekV3Router",
+    "DeepseekV3DenseMLP",
+    "NeuronDeepseekV3DecoderLayer",
+    "NeuronDeepseekV3Model",
+    "NeuronDeepseekV3ForCausalLM",
 ]
 
 # The released modeling code builds the norms of the two latents without passing rms_norm_eps, so they use its default,
@@ -54,6 +54,21 @@ class LatentKVCacheManager(backend.KVCacheManager):
         slots = (neuron_config.kv_cache_batch_size, 1, neuron_config.max_length)
         self.k_shape = (*slots, config.qk_rope_head_dim)
         self.v_shape = (*slots, config.kv_lora_rank)
+
+
+def _row_parallel(config: DeepseekV3InferenceConfig, input_size: int, bias: bool) -> nn.Module:
+    """The linear layer back to hidden_size, after which the ranks sum (with sequence parallelism: share) the output."""
+    neuron_config = config.neuron_config
+    return backend.RowParallelLinear(
+        input_size,
+        config.hidden_size,
+        bias=bias,
+        input_is_parallel=True,
+        dtype=neuron_config.torch_dtype,
+        reduce_dtype=neuron_config.rpl_reduce_dtype,
+        sequence_parallel_enabled=neuron_config.sequence_parallel_enabled,
+        sequence_dimension=1,
+    )
 
 
 class DeepseekV3Attention(nn.Module):
@@ -86,16 +101,7 @@ class DeepseekV3Attention(nn.Module):
             self.q_b_proj = backend.ColumnParallelLinear(self.q_lora_rank, q_size, **column)
         self.kv_a_layernorm = norm(self.kv_lora_rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = backend.ColumnParallelLinear(self.kv_lora_rank, heads * (self.nope_dim + self.v_dim), **column)
-        self.o_proj = backend.RowParallelLinear(
-            heads * self.v_dim,
-            config.hidden_size,
-            bias=config.attention_bias,
-            input_is_parallel=True,
-            dtype=dtype,
-            reduce_dtype=neuron_config.rpl_reduce_dtype,
-            sequence_parallel_enabled=neuron_config.sequence_parallel_enabled,
-            sequence_dimension=1,
-        )
+        self.o_proj = _row_parallel(config, heads * self.v_dim, bias=config.attention_bias)
         self.rotary_emb = DeepseekV3RotaryEmbedding(self.rope_dim, *config.rope_theta_and_scaling())
 
     def forward(
@@ -202,16 +208,7 @@ class DeepseekV3DenseMLP(nn.Module):
         column = {"bias": False, "gather_output": False, "dtype": neuron_config.torch_dtype}
         self.gate_proj = backend.ColumnParallelLinear(hidden, intermediate, **column)
         self.up_proj = backend.ColumnParallelLinear(hidden, intermediate, **column)
-        self.down_proj = backend.RowParallelLinear(
-            intermediate,
-            hidden,
-            bias=False,
-            input_is_parallel=True,
-            dtype=neuron_config.torch_dtype,
-            reduce_dtype=neuron_config.rpl_reduce_dtype,
-            sequence_parallel_enabled=neuron_config.sequence_parallel_enabled,
-            sequence_dimension=1,
-        )
+        self.down_proj = _row_parallel(config, intermediate, bias=False)
         self.sequence_parallel = neuron_config.sequence_parallel_enabled
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -16,21 +16,6 @@ from torch import Tensor, nn
 
 from .embedded.modules import RMSNorm
 
-__all__ = [
-    "ColumnParallelLinear",
-    "HuggingFaceGenerationAdapter",
-    "InferenceConfig",
-    "KVCacheManager",
-    "MoENeuronConfig",
-    "NeuronBaseForCausalLM",
-    "NeuronBaseModel",
-    "ParallelEmbedding",
-    "RowParallelLinear",
-    "build_moe",
-    "gather_sequence",
-    "rmsnorm_cls",
-]
-
 
 def rmsnorm_cls() -> type[nn.Module]:
     """NxDI's norm is a Neuron custom call, which its CPU mode cannot run."""

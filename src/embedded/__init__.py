@@ -11,18 +11,3 @@ from .modules import KVCacheManager, rmsnorm_cls
 from .moe import build_moe
 from .parallel_layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from .parallel_state import gather_sequence
-
-__all__ = [
-    "ColumnParallelLinear",
-    "HuggingFaceGenerationAdapter",
-    "InferenceConfig",
-    "KVCacheManager",
-    "MoENeuronConfig",
-    "NeuronBaseForCausalLM",
-    "NeuronBaseModel",
-    "ParallelEmbedding",
-    "RowParallelLinear",
-    "build_moe",
-    "gather_sequence",
-    "rmsnorm_cls",
-]
