@@ -9,28 +9,9 @@ from nxdi_deepseek.checkpoint.fp8 import SCALE_SUFFIX, scale_shape
 from nxdi_deepseek.checkpoint.layout import model_layout
 from nxdi_deepseek.checkpoint.reader import INDEX_FILE
 from nxdi_deepseek.config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig
-from nxdi_deepseek.synthetic import DEMO_CONFIG
+from nxdi_deepseek.synthetic import RELEASED_CONFIG as RELEASED
 from safetensors.torch import save_file
 
-RELEASED = DEMO_CONFIG | {
-    "first_k_dense_replace": 3,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "moe_intermediate_size": 2048,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "topk_group": 4,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
 # One expert layer with everything around the experts as small as 64 ranks allow.
 ONE_LAYER = RELEASED | {
     "first_k_dense_replace": 0,

@@ -2,7 +2,7 @@
 
 NxDI when `neuronx_distributed_inference` can be imported, else the embedded runtime. The environment variable
 NXDI_DEEPSEEK_BACKEND (auto, nxdi, embedded) overrides the choice. No other file imports NxD or NxDI, except the
-integrations that exist for them.
+integrations that exist for them and what lowers NxDI's own model instances (graph_cost/rank_model.py).
 """
 
 import importlib

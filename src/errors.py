@@ -13,6 +13,10 @@ class CheckpointError(DeepseekError):
     """A checkpoint folder, shard or tensor that cannot be loaded."""
 
 
+class GraphCostError(DeepseekError):
+    """A graph that cannot be lowered or counted."""
+
+
 _SHOWN_PROBLEMS = 20
 
 

@@ -70,6 +70,30 @@ DEMO_CONFIG: dict[str, Any] = {
     "vocab_size": 512,
 }
 
+# The sizes of the released 671B model.
+RELEASED_CONFIG: dict[str, Any] = DEMO_CONFIG | {
+    "attention_dropout": 0.0,
+    "first_k_dense_replace": 3,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rope_scaling": DEMO_CONFIG["rope_scaling"] | {"original_max_position_embeddings": 4096},
+    "topk_group": 4,
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
+
 
 def write_checkpoint(model_dir: str | Path, config: dict[str, Any], seed: int = 0, shards: int = 3) -> None:
     """Writes config.json, `shards` safetensors files and their index.

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 import transformers
-from support import neuron_stand_ins, nxdi
+from nxdi_deepseek import neuron_stand_ins, nxdi_source
+from support import nxdi
 
 nxdi.require_nxdi()
 
@@ -165,8 +166,8 @@ def test_transformers_sees_no_torch_xla():
 
 def test_missing_source_is_explained_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("NXDI_SOURCE", str(tmp_path))
-    with pytest.raises(nxdi.NxDINotFound, match="git clone .*neuronx-distributed.* NXDI_SOURCE") as error:
-        nxdi.find_nxdi_source()
+    with pytest.raises(nxdi_source.NxDINotFound, match="git clone .*neuronx-distributed.* NXDI_SOURCE") as error:
+        nxdi_source.find_nxdi_source()
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 

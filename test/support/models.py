@@ -13,9 +13,10 @@ from nxdi_deepseek.modeling_deepseek import (
     NeuronDeepseekV3ForCausalLM,
     load_pretrained_config,
 )
-from nxdi_deepseek.synthetic import DEMO_CONFIG
+from nxdi_deepseek.synthetic import DEMO_CONFIG, RELEASED_CONFIG
 
 YARN = DEMO_CONFIG["rope_scaling"]
+RELEASED = RELEASED_CONFIG
 
 # A base in which nothing is equal by chance, without FP8 so that the reference has the very same weights.
 V3 = {field: value for field, value in DEMO_CONFIG.items() if field != "quantization_config"}
@@ -49,29 +50,6 @@ CONFIGS = {
     "rms_norm_eps 1e-5": V3 | {"rms_norm_eps": 1e-5},
     "attention_bias": V3 | {"attention_bias": True},
     "tied embeddings": V3 | {"tie_word_embeddings": True},
-}
-
-
-# The sizes of the released 671B model.
-RELEASED = DEMO_CONFIG | {
-    "first_k_dense_replace": 3,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "moe_intermediate_size": 2048,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rope_scaling": YARN | {"original_max_position_embeddings": 4096},
-    "topk_group": 4,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
 }
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import os
 import pathlib
@@ -10,47 +9,21 @@ import sys
 import tempfile
 
 import torch
+from nxdi_deepseek import neuron_stand_ins
+from nxdi_deepseek.nxdi_source import NxDINotFound, find_nxdi
 
-from . import neuron_stand_ins
-
-DEFAULT_SOURCE = "~/.cache/nxdi-source"
-
-# Package name -> the folder of its repository below NXDI_SOURCE.
-_PACKAGES = {
-    "neuronx_distributed": "neuronx-distributed",
-    "neuronx_distributed_inference": "neuronx-distributed-inference",
-}
-
-
-class NxDINotFound(ImportError):
-    pass
-
-
-def find_nxdi():
-    """The folders that sys.path lacks for importing NxD and NxDI: none where they are installed."""
-    if all(importlib.util.find_spec(package) for package in _PACKAGES):
-        return []
-    return find_nxdi_source()
-
-
-def find_nxdi_source():
-    root = pathlib.Path(os.environ.get("NXDI_SOURCE") or DEFAULT_SOURCE).expanduser()
-    folders = [root / repository / "src" for repository in _PACKAGES.values()]
-    for folder, package in zip(folders, _PACKAGES, strict=True):
-        if not (folder / package / "__init__.py").is_file():
-            raise NxDINotFound(
-                f"no NxDI: {package} is neither installed nor in {folder};"
-                " git clone https://github.com/aws-neuron/neuronx-distributed and"
-                " https://github.com/aws-neuron/neuronx-distributed-inference"
-                f" into {DEFAULT_SOURCE}, or set NXDI_SOURCE to the folder that holds both"
-            )
-    return [str(folder) for folder in folders]
+from . import logit_validation
 
 
 def make_importable():
     """Set up CPU mode, so that NxD and NxDI can be imported; raises NxDINotFound."""
     folders = find_nxdi()
     os.environ["NXD_CPU_MODE"] = "1"
+    neuron_stand_ins.define(
+        "torch_neuronx.testing.validation",
+        logit_validation=logit_validation.logit_validation,
+        neuron_allclose=logit_validation.neuron_allclose,
+    )
     neuron_stand_ins.install()
     sys.path.extend(folder for folder in folders if folder not in sys.path)
 

@@ -4,8 +4,8 @@ NxD and NxDI import torch_xla, torch_neuronx, the Neuron compiler and the NKI ke
 which runs none of them. `install()` makes those imports succeed where the packages are absent.
 
 A stand-in computes nothing. Its names can be imported, used as annotation, default value, base class or decorator;
-calling one raises `NeuronSDKUnavailable`. The few names that NxD and NxDI need while they import, set up CPU mode or
-check accuracy are listed in `_DEFINED`.
+calling one raises `NeuronSDKUnavailable`. The few names that NxD and NxDI need while they import or set up CPU mode are
+listed in `_DEFINED`; `define` adds to them.
 """
 
 import contextlib
@@ -17,8 +17,6 @@ import os
 import sys
 import types
 import typing
-
-from . import logit_validation
 
 PACKAGES = ("libneuronxla", "neuronxcc", "nki", "nkilib", "torch_neuronx", "torch_xla", "torchvision")
 
@@ -54,10 +52,10 @@ def _placeholder(module, qualname):
     return _PlaceholderType(qualname.rpartition(".")[2], (), {"__module__": module, "__qualname__": qualname})
 
 
-def _kernel_decorator(function=None, **options):
+def kernel_decorator(function=None, **options):
     """Stands for `nki.jit` and its kin, with and without arguments: the kernel can be defined, but not called."""
     if function is None:
-        return _kernel_decorator
+        return kernel_decorator
     return _placeholder(function.__module__, function.__qualname__)
 
 
@@ -86,22 +84,18 @@ class _SkipMode(typing.NamedTuple):
 
 
 _DEFINED = {
-    "neuronxcc.nki": {"jit": _kernel_decorator},
+    "neuronxcc.nki": {"jit": kernel_decorator},
     "neuronxcc.nki._pre_prod_kernels.collectives": {"CollectivesConfig": _CollectivesConfig},
-    "nki": {"jit": _kernel_decorator},
+    "nki": {"jit": kernel_decorator},
     "nkilib.core.moe.moe_cte.moe_cte_utils": {
         "BlockShardStrategy": _BlockShardStrategy,
         "SkipMode": _SkipMode,
     },
     # The version from which NxDI's accuracy checks call logit_validation with the arguments it takes here.
     "torch_neuronx": {"__version__": "0.0.0.2.11.14773"},
-    "torch_neuronx.testing.validation": {
-        "logit_validation": logit_validation.logit_validation,
-        "neuron_allclose": logit_validation.neuron_allclose,
-    },
     "torch_neuronx.utils": {"get_platform_target": _platform_target},
-    "torch_neuronx.xla_impl.base": {"xla_call": _kernel_decorator, "xla_hlo_call": _kernel_decorator},
-    "torch_neuronx.xla_impl.ops": {"nki_jit": _kernel_decorator, "xla_hlo_call": _kernel_decorator},
+    "torch_neuronx.xla_impl.base": {"xla_call": kernel_decorator, "xla_hlo_call": kernel_decorator},
+    "torch_neuronx.xla_impl.ops": {"nki_jit": kernel_decorator, "xla_hlo_call": kernel_decorator},
 }
 
 
@@ -132,6 +126,11 @@ class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module):
         vars(module).update(_DEFINED.get(module.__name__, {}))
+
+
+def define(module, **names):
+    """Gives the stand-in of a module names that do something. Comes before `install`."""
+    _DEFINED.setdefault(module, {}).update(names)
 
 
 def is_stand_in(module):

@@ -1,0 +1,90 @@
+"""XLA's HloModuleProto, read from the JSON that torch_xla's lowering context writes."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import GraphCostError
+
+_ITEM_BYTES = {
+    **dict.fromkeys(("PRED", "S8", "U8", "F8E4M3FN", "F8E5M2"), 1),
+    **dict.fromkeys(("S16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("S32", "U32", "F32"), 4),
+    **dict.fromkeys(("S64", "U64", "F64"), 8),
+    "TOKEN": 0,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An array: element type by HLO's name (BF16, F32, ...), and its dimensions."""
+
+    dtype: str
+    dims: tuple[int, ...] = ()
+    dynamic: bool = False
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def item_bytes(self) -> int:
+        if self.dtype not in _ITEM_BYTES:
+            raise GraphCostError(f"HLO element type {self.dtype} is not known; add its size to hlo.py")
+        return _ITEM_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.item_bytes
+
+    def __str__(self) -> str:
+        return f"{self.dtype.lower()}[{','.join(map(str, self.dims))}]"
+
+
+@dataclass(eq=False)
+class Instruction:
+    """An instruction of the entry computation. A tuple's shapes are listed one by one."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: list["Instruction"] = field(default_factory=list)
+    users: list["Instruction"] = field(default_factory=list)
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shape.bytes for shape in self.shapes)
+
+
+@dataclass
+class Graph:
+    """The entry computation, its instructions in an order in which operands come first."""
+
+    instructions: list[Instruction]
+    root: Instruction
+
+    @classmethod
+    def from_json(cls, module: dict[str, Any]) -> "Graph":
+        computation = next(item for item in module["computations"] if item["name"] == module["entryComputationName"])
+        by_id: dict[str, Instruction] = {}
+        for fields in computation["instructions"]:
+            operands = [by_id[i] for i in fields.get("operandIds", [])]
+            instruction = Instruction(fields["name"], fields["opcode"], _shapes(fields["shape"]), operands, [], fields)
+            for operand in operands:
+                operand.users.append(instruction)
+            by_id[fields["id"]] = instruction
+        return cls(list(by_id.values()), by_id[computation["rootId"]])
+
+    @property
+    def parameters(self) -> dict[int, Instruction]:
+        """By parameter number."""
+        found = (instruction for instruction in self.instructions if instruction.opcode == "parameter")
+        return {int(instruction.fields.get("parameterNumber", 0)): instruction for instruction in found}
+
+
+def _shapes(fields: dict[str, Any]) -> tuple[Shape, ...]:
+    if fields["elementType"] == "TUPLE":
+        return tuple(shape for item in fields.get("tupleShapes", []) for shape in _shapes(item))
+    dims = tuple(int(size) for size in fields.get("dimensions", []))
+    return (Shape(fields["elementType"], dims, any(fields.get("isDynamicDimension", []))),)

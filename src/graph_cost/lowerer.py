@@ -1,0 +1,30 @@
+"""Starts the process that lowers graphs, and talks to it."""
+
+import json
+import subprocess
+import sys
+
+from ..errors import GraphCostError
+from .count import GraphCost
+from .request import Request
+
+
+class Lowerer:
+    """A process that has torch_xla, NxD and NxDI imported. Use it in a `with` block, for one package."""
+
+    def __enter__(self) -> "Lowerer":
+        command = [sys.executable, "-m", f"{__package__}.lowering"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def cost(self, request: Request) -> GraphCost:
+        """Raises GraphCostError where the graph cannot be lowered or counted."""
+        self._process.stdin.write(request.to_json() + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline() or '{"error": "the lowering process failed"}')
+        if "error" in answer:
+            raise GraphCostError(f"{request}: {answer['error']}")
+        return GraphCost.from_dict(answer)

@@ -1,0 +1,109 @@
+"""The Neuron operators that NxD and NxDI trace, for a machine without the closed packages that hold them.
+
+An operator becomes the same custom call as on Neuron where the compiler expands it (RMS norm), a marker with its sizes
+where it is an opaque kernel (the blockwise expert matmul), and plain XLA where it is one operation of XLA. On the meta
+device each gives a result of the right shape.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import neuron_stand_ins
+from .kernels import BLOCKWISE_MATMUL, RMS_NORM
+
+
+def define() -> None:
+    """Gives the stand-ins of the closed packages these operators. Comes before `neuron_stand_ins.install`."""
+    neuron_stand_ins.define("torch_neuronx.xla_impl.base", xla_hlo_call=_xla_hlo_call)
+    neuron_stand_ins.define("torch_neuronx.xla_impl.ops", xla_hlo_call=_xla_hlo_call, RmsNorm=_RmsNorm)
+
+
+def replace_kernels() -> None:
+    """Puts the marker in the place of NxD's blockwise kernels, those that its release lacks included."""
+    from neuronx_distributed.modules.moe import blockwise
+
+    blockwise.torch_to_nki_dtype = str
+    blockwise.ActivationFunction = int
+    for name in ("_call_bwmm_shard_on_block_kernel", "_call_shard_on_intermediate_kernel"):
+        setattr(blockwise, name, _blockwise_matmul)
+    blockwise._call_shard_hidden_kernel = lambda args: (_blockwise_matmul(args), None, None)
+
+
+def replace_collectives() -> None:
+    """Collectives on the meta device, which torch_xla does not know."""
+    import torch_xla.core.xla_model as xm
+
+    for name, on_meta in {"all_reduce": _all_reduce, "all_gather": _all_gather, "reduce_scatter": _scatter}.items():
+        setattr(xm, name, _dispatch(on_meta, getattr(xm, name)))
+
+
+def custom_call(target: str, inputs: Sequence[Tensor], like: Tensor, config: dict[str, int] | None = None) -> Tensor:
+    """An opaque operation on `inputs` whose result has the shape and dtype of `like`."""
+    if like.is_meta:
+        return torch.empty_like(like)
+    import torch_xla
+
+    shape, text = list(like.shape), json.dumps(config or {})
+    return torch_xla._XLAC._xla_custom_call(list(inputs), target, [shape], [like.dtype], False, text, 0, {})[0]
+
+
+class _RmsNorm:
+    @staticmethod
+    def apply(x: Tensor, weight: Tensor, eps: float, dim: int) -> Tensor:
+        return custom_call(RMS_NORM, (x, weight), like=x)
+
+
+def _blockwise_matmul(args: Any) -> Tensor:
+    """args: NxD's BlockwiseMatmulArgs. The kernel adds to `output` what every block's expert computes."""
+    inputs = (args.hidden_states, args.expert_affinities_masked, args.gate_up_proj_weight, args.down_proj_weight)
+    mapping = (args.token_position_to_id, args.block_to_expert)
+    _, intermediate, hidden = args.down_proj_weight.shape
+    sizes = {"blocks": len(args.block_to_expert), "block_size": args.block_size}
+    sizes |= {"hidden": hidden, "intermediate": intermediate}
+    return custom_call(BLOCKWISE_MATMUL, (*inputs, *mapping), like=args.output, config=sizes)
+
+
+def _xla_hlo_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands for the decorator of functions that build HLO by hand: the few that are traced, written in torch."""
+    in_torch = {
+        "fill_prefix.<locals>.xla_fill_prefix": _fill_prefix,
+        "ModuleMarkerStart.forward_impl": _identity,
+        "ModuleMarkerEnd.forward_impl": _identity,
+    }
+    return in_torch.get(function.__qualname__, neuron_stand_ins.kernel_decorator(function))
+
+
+def _fill_prefix(cache: Tensor, prefix: Tensor) -> Tensor:
+    filled = cache.clone()
+    filled[tuple(map(slice, prefix.shape))] = prefix
+    return filled
+
+
+def _identity(*args: Tensor) -> Any:
+    return args[0] if len(args) == 1 else args
+
+
+def _dispatch(on_meta: Callable[..., Any], on_xla: Callable[..., Any]) -> Callable[..., Any]:
+    def collective(*args: Any, **kwargs: Any) -> Any:
+        tensors = [*args, *kwargs.values()]
+        tensors += [item for value in tensors if isinstance(value, list) for item in value]
+        is_meta = any(isinstance(value, Tensor) and value.is_meta for value in tensors)
+        return (on_meta if is_meta else on_xla)(*args, **kwargs)
+
+    return collective
+
+
+def _all_reduce(reduce_type: str, inputs: Any, **_: Any) -> Any:
+    return inputs
+
+
+def _all_gather(value: Tensor, dim: int = 0, groups: Any = None, **_: Any) -> Tensor:
+    return torch.cat([value] * len(groups[0]), dim)
+
+
+def _scatter(reduce_type: str, input: Tensor, scatter_dim: int, shard_count: int, output: Tensor, **_: Any) -> Tensor:
+    return output

@@ -1,0 +1,113 @@
+"""Rank 0 of a model as NxDI's compile() would trace it, on the meta device, and the part of it that is asked for."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from neuronx_distributed.parallel_layers import parallel_state
+from neuronx_distributed.utils.model_utils import init_on_device
+from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM
+from torch import Tensor, nn
+
+from ..errors import GraphCostError
+from .request import Request
+
+
+class Part(nn.Module):
+    """A part of the model that returns the hidden states (or logits) and the new key/values, and its inputs."""
+
+    def __init__(self, request: Request):
+        super().__init__()
+        instance, self.inputs = _instance(request)
+        model = instance.module
+        caches = list(model.kv_mgr.past_key_values)
+        if request.part != "model":
+            layer = _layer_index(request, instance.config)
+            caches = caches[2 * layer : 2 * layer + 2]
+            model = model.layers[layer].self_attn if request.part == "attention" else model.layers[layer]
+            self.inputs = _layer_inputs(request, instance.config, caches)
+        self.module = model
+        slots = request.batch * caches[0].shape[2]
+        self.kv_bytes_per_token = sum(cache.nbytes for cache in caches) // slots
+
+    def forward(self, *args: Any, **inputs: Any) -> list[Tensor]:
+        outputs = self.module(*args, **inputs)
+        if isinstance(outputs, list):  # the model's: logits and the updated caches
+            return outputs
+        return [outputs[0], *outputs[1]]
+
+
+def _instance(request: Request) -> tuple[Any, dict[str, Any]]:
+    """NxDI's model instance of the phase, loaded, and the example inputs of its only bucket."""
+    app = _application(request)
+    wrapper = app.context_encoding_model if request.phase == "prefill" else app.token_generation_model
+    torch.distributed.init_process_group(backend="xla", rank=0, world_size=request.tp_degree)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=request.tp_degree,
+        skip_collective_init=True,
+        lnc_size=wrapper.neuron_config.logical_nc_config,
+    )
+    parallel_state.set_aot_mode(True)
+    instance = wrapper.get_model_instance()
+    with init_on_device(torch.device("meta"), force_custom_init_on_device=True):
+        instance.load_module()
+    instance.get(0)
+    return instance, wrapper.input_generator()[0]
+
+
+def _application(request: Request) -> NeuronBaseForCausalLM:
+    causal_lm = _causal_lm_class(request.impl)
+    config_class = causal_lm.get_config_cls()
+    fields = {"seq_len": request.length, "max_context_length": request.length, "batch_size": request.batch}
+    fields |= {"tp_degree": request.tp_degree, "torch_dtype": torch.bfloat16, "logical_nc_config": 2}
+    neuron_config = config_class.get_neuron_config_cls()(**fields | request.neuron_config)
+    return causal_lm("", config_class(neuron_config, load_config=_load_config(request)))
+
+
+def _causal_lm_class(impl: str | None) -> type[NeuronBaseForCausalLM]:
+    if impl is None:
+        name = f"{__package__.rpartition('.')[0]}.modeling_deepseek"
+    else:
+        # By its folder's name, which the modules inside may use to import each other.
+        folder = Path(impl).resolve()
+        sys.path.insert(0, str(folder.parent))
+        name = f"{folder.name}.modeling_deepseek"
+    module = importlib.import_module(name)
+    defined = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
+    return next(value for value in defined if issubclass(value, NeuronBaseForCausalLM))
+
+
+def _load_config(request: Request) -> Any:
+    """The hook that fills an InferenceConfig. A graph of one layer needs the layers up to the first with experts."""
+    fields = dict(request.config)
+    fields.pop("torch_dtype", None)
+    fields.pop("quantization_config", None)
+    if request.part != "model":
+        fields["num_hidden_layers"] = fields["first_k_dense_replace"] + 1
+
+    def load_config(config: Any) -> None:
+        vars(config).update(fields)
+
+    return load_config
+
+
+def _layer_index(request: Request, config: Any) -> int:
+    if request.part != "dense":
+        return config.first_k_dense_replace
+    if config.first_k_dense_replace == 0:
+        raise GraphCostError("the config has no dense layer (first_k_dense_replace is 0)")
+    return 0
+
+
+def _layer_inputs(request: Request, config: Any, cache: list[Tensor]) -> dict[str, Any]:
+    batch, length = request.batch, request.length
+    new = length if request.phase == "prefill" else 1
+    ranks = config.neuron_config.tp_degree if config.neuron_config.sequence_parallel_enabled else 1
+    return {
+        "hidden_states": torch.empty(batch, new // ranks, config.hidden_size, dtype=torch.bfloat16),
+        "attention_mask": torch.empty(batch, 1, new, length, dtype=torch.bool),
+        "position_ids": torch.empty(batch, new, dtype=torch.int64),
+        "past_key_value": None if request.phase == "prefill" else cache,
+    }

@@ -1,0 +1,53 @@
+"""What to lower."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import GraphCostError
+
+PARTS = ("attention", "dense", "moe", "model")
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One graph of rank 0.
+
+    part: attention, a decoder layer with a dense MLP (dense) or with experts (moe), or the whole model. length: of the
+    prompt (prefill) or of the cache (decode). config: fields of a config.json. impl: folder that holds
+    modeling_deepseek.py, None for this package. neuron_config: further fields of the NeuronConfig.
+    """
+
+    part: str
+    phase: str
+    length: int
+    batch: int
+    tp_degree: int = 64
+    config: dict[str, Any] = field(default_factory=dict)
+    impl: str | None = None
+    neuron_config: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.phase} {self.length} {self.batch}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Request":
+        return cls(**json.loads(text))
+
+    @classmethod
+    def parse(cls, text: str, **fields: Any) -> "Request":
+        """From PART,PHASE,LENGTH,BATCH."""
+        try:
+            part, phase, length, batch = text.split(",")
+            request = cls(part, phase, int(length), int(batch), **fields)
+        except ValueError:
+            raise GraphCostError(f"graph {text!r} is not PART,PHASE,LENGTH,BATCH, such as moe,decode,4096,8") from None
+        if part not in PARTS or phase not in PHASES or request.length < 1 or request.batch < 1:
+            raise GraphCostError(
+                f"graph {text!r}: PART is one of {', '.join(PARTS)}, PHASE is prefill or decode, the rest are positive"
+            )
+        return request

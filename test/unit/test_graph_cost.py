@@ -1,0 +1,223 @@
+"""Counting of HLO, made by hand, and what is computed and printed from the counts."""
+
+import base64
+import json
+
+import pytest
+from nxdi_deepseek.cli import main
+from nxdi_deepseek.errors import GraphCostError
+from nxdi_deepseek.graph_cost.count import Collective, bytes_read, count
+from nxdi_deepseek.graph_cost.hlo import Graph, Shape
+from nxdi_deepseek.graph_cost.request import Request
+from nxdi_deepseek.graph_cost.table import format_comparison, format_costs
+from nxdi_deepseek.graph_cost.time_model import Machine, bound
+
+
+class Hlo:
+    """Writes a module as torch_xla does: numbers of 64 bits are strings, fields with their default are left out."""
+
+    def __init__(self):
+        self.instructions = []
+
+    def add(self, opcode, dtype, dims, *operands, **fields):
+        shape = {"elementType": dtype, "dimensions": [str(size) for size in dims], "isDynamicDimension": []}
+        return self._append(opcode, shape, operands, fields)
+
+    def parameter(self, number, dtype, *dims):
+        return self.add("parameter", dtype, dims, **({"parameterNumber": str(number)} if number else {}))
+
+    def tuple(self, *operands):
+        shapes = [self.instructions[int(i) - 1]["shape"] for i in operands]
+        return self._append("tuple", {"elementType": "TUPLE", "tupleShapes": shapes}, operands, {})
+
+    def dot(self, dtype, dims, left, right, axis):
+        numbers = {"lhsContractingDimensions": [str(axis)], "rhsContractingDimensions": ["0"]}
+        return self.add("dot", dtype, dims, left, right, dotDimensionNumbers=numbers)
+
+    def graph(self):
+        """With the last instruction as its result."""
+        entry = {"name": "entry", "instructions": self.instructions, "rootId": self.instructions[-1]["id"]}
+        return Graph.from_json({"entryComputationName": "entry", "computations": [{"name": "add"}, entry]})
+
+    def _append(self, opcode, shape, operands, fields):
+        number = str(len(self.instructions) + 1)
+        instruction = {"name": f"{opcode}.{number}", "opcode": opcode, "shape": shape, "id": number} | fields
+        self.instructions.append(instruction | ({"operandIds": list(operands)} if operands else {}))
+        return number
+
+
+def test_dot_counts_a_multiplication_and_an_addition():
+    hlo = Hlo()
+    hlo.dot("BF16", (5, 7), hlo.parameter(0, "BF16", 5, 3), hlo.parameter(1, "BF16", 3, 7), axis=1)
+    cost = count(hlo.graph())
+    assert cost.dot_flops == {"BF16": 2 * 5 * 3 * 7}
+    assert cost.min_bytes == cost.fused_bytes == 2 * (5 * 3 + 3 * 7 + 5 * 7)
+    assert (cost.instructions, cost.largest_intermediate_bytes) == (3, 70)
+
+
+def test_dots_are_counted_by_the_type_of_their_operands():
+    hlo = Hlo()
+    half, single = hlo.parameter(0, "BF16", 2, 2), hlo.parameter(1, "F32", 2, 2)
+    hlo.tuple(hlo.dot("F32", (2, 2), half, half, 1), hlo.dot("F32", (2, 2), single, single, 1))
+    assert count(hlo.graph()).dot_flops == {"BF16": 16, "F32": 16}
+
+
+def test_rows_of_a_gather_are_read_and_not_the_table():
+    hlo = Hlo()
+    table, index = hlo.parameter(0, "BF16", 256, 10), hlo.parameter(1, "S32", 8)
+    whole = hlo.add("slice", "BF16", (256, 10), table)
+    hlo.add("gather", "BF16", (8, 10), hlo.add("convert", "F32", (256, 10), whole), index)
+    graph = hlo.graph()
+    assert bytes_read(graph.parameters[0]) == 8 * 10 * 2
+    assert count(graph).min_bytes == 8 * 10 * 2 + 8 * 4 + 8 * 10 * 2
+
+
+def test_slices_that_overlap_cost_no_more_than_the_whole():
+    hlo = Hlo()
+    weight, left = hlo.parameter(0, "BF16", 10, 4), hlo.parameter(1, "BF16", 2, 10)
+    part = hlo.add("slice", "BF16", (6, 4), weight)
+    dots = [hlo.dot("BF16", (2, 4), left, part, 1) for _ in range(2)]
+    hlo.tuple(*dots)
+    assert bytes_read(hlo.graph().parameters[0]) == 6 * 4 * 2
+    hlo.tuple(*dots, hlo.dot("BF16", (2, 4), left, weight, 1))
+    assert bytes_read(hlo.graph().parameters[0]) == 10 * 4 * 2
+
+
+@pytest.mark.parametrize("opcode", ["scatter", "dynamic-update-slice"])
+def test_a_cache_updated_in_place_costs_its_new_rows(opcode):
+    hlo = Hlo()
+    cache, rows, index = hlo.parameter(0, "BF16", 100, 4), hlo.parameter(1, "BF16", 3, 4), hlo.parameter(2, "S32")
+    operands = (cache, index, rows) if opcode == "scatter" else (cache, rows, index)
+    hlo.tuple(hlo.add(opcode, "BF16", (100, 4), *operands))
+    cost = count(hlo.graph())
+    assert cost.min_bytes == 2 * 3 * 4 * 2 + 4
+    assert cost.largest_intermediate_bytes == 0
+
+
+def test_a_parameter_handed_back_costs_nothing():
+    hlo = Hlo()
+    hlo.tuple(hlo.parameter(0, "BF16", 100), hlo.add("negate", "BF16", (2,), hlo.parameter(1, "BF16", 2)))
+    assert count(hlo.graph()).min_bytes == 8
+
+
+def test_fusion_keeps_what_is_read_twice():
+    hlo = Hlo()
+    x = hlo.parameter(0, "F32", 10)
+    once = hlo.add("negate", "F32", (10,), hlo.add("exponential", "F32", (10,), x))
+    assert count(hlo.graph()).fused_bytes == 40 + 40
+    hlo.tuple(hlo.add("reduce", "F32", (), once), hlo.add("reduce", "F32", (), once))
+    assert count(hlo.graph()).fused_bytes == (40 + 40) + 2 * (40 + 4)
+
+
+def test_a_slice_reads_its_part():
+    hlo = Hlo()
+    part = hlo.add("slice", "F32", (4,), hlo.parameter(0, "F32", 10))
+    hlo.add("reduce", "F32", (), part)
+    assert count(hlo.graph()).fused_bytes == 16 + 4
+
+
+def test_collectives_are_grouped_and_leave_out_the_ordering_scalar():
+    hlo = Hlo()
+    x, token = hlo.parameter(0, "BF16", 64), hlo.parameter(1, "BF16")
+    first = hlo.add("all-reduce", "BF16", (64,), x, token)
+    second = hlo.add("all-reduce", "BF16", (64,), first, token)
+    hlo.tuple(hlo.add("all-gather", "BF16", (512,), second), hlo.add("reduce-scatter", "BF16", (8,), second))
+    cost = count(hlo.graph())
+    assert cost.collectives == [
+        Collective("all-reduce", "bf16[64]", 128, 2),
+        Collective("all-gather", "bf16[512]", 1024, 1),
+        Collective("reduce-scatter", "bf16[64]", 128, 1),
+    ]
+    assert cost.collective_count == 4
+
+
+def blockwise_matmul(hlo, **sizes):
+    config = base64.b64encode(json.dumps(sizes).encode()).decode()
+    call = {"customCallTarget": "BlockwiseMatmul", "backendConfig": config}
+    return hlo.add("custom-call", "BF16", (4, 16), hlo.parameter(0, "BF16", 4, 16), **call)
+
+
+def test_kernel_flops_follow_the_formula():
+    hlo = Hlo()
+    blockwise_matmul(hlo, blocks=263, block_size=512, hidden=7168, intermediate=32)
+    cost = count(hlo.graph())
+    assert cost.kernel_flops == {"BlockwiseMatmul": 263 * 512 * 3 * 2 * 7168 * 32}
+    assert cost.flops == 185321127936
+
+
+def test_dynamic_shapes_are_an_error():
+    hlo = Hlo()
+    hlo.add("negate", "F32", (8,), hlo.parameter(0, "F32", 8))
+    hlo.instructions[-1]["shape"]["isDynamicDimension"] = [True]
+    with pytest.raises(GraphCostError, match="negate.2 has a dynamic shape"):
+        count(hlo.graph())
+
+
+@pytest.mark.parametrize(
+    ("opcode", "fields", "message"),
+    [
+        ("while", {}, "HLO while while.2 cannot be counted"),
+        ("custom-call", {"customCallTarget": "Other"}, "custom call Other has no formula"),
+    ],
+)
+def test_what_cannot_be_counted_is_an_error(opcode, fields, message):
+    hlo = Hlo()
+    hlo.add(opcode, "F32", (8,), hlo.parameter(0, "F32", 8), **fields)
+    with pytest.raises(GraphCostError, match=message):
+        count(hlo.graph())
+
+
+def test_unknown_element_type_is_an_error():
+    with pytest.raises(GraphCostError, match="C64"):
+        _ = Shape("C64", (2,)).bytes
+
+
+def small_cost(collectives=1):
+    hlo = Hlo()
+    x = hlo.parameter(0, "BF16", 1000, 1000)
+    value = hlo.dot("BF16", (1000, 1000), x, x, 1)
+    for _ in range(collectives):
+        value = hlo.add("all-reduce", "BF16", (1000, 1000), value)
+    return count(hlo.graph())
+
+
+def test_bound_is_the_slower_of_compute_and_memory_and_the_collectives():
+    machine = Machine(bf16_flops=1e12, f32_flops=1e11, hbm_bytes=1e9, link_bytes=1e9, collective_seconds=1e-5)
+    limit = bound(small_cost(), machine)
+    assert limit.compute == pytest.approx(2e-3)
+    assert limit.memory == pytest.approx(4e-3)
+    assert limit.collectives == pytest.approx(1e-5 + 2 * 2e-3)
+    assert limit.total == pytest.approx(limit.memory + limit.collectives)
+
+
+def test_table_and_comparison():
+    request = Request.parse("attention,prefill,512,1")
+    table = format_costs([request], [small_cost()], Machine()).splitlines()
+    assert table[0].split()[:2] == ["graph", "GFLOP"]
+    assert table[1].startswith("attention prefill 512 1")
+    assert table[2] == "  1 x all-reduce bf16[1000,1000]"
+    lines = format_comparison([request], [small_cost(3)], [small_cost(1)], Machine()).splitlines()
+    assert lines[0].split() == ["graph", "figure", "other", "ours", "ratio"]
+    assert [line.split()[-3:] for line in lines if "collectives" in line] == [["3", "1", "3.00"]]
+
+
+def test_request_survives_its_journey():
+    request = Request.parse("moe,decode,4096,8", tp_degree=32, config={"hidden_size": 8}, impl="folder")
+    assert Request.from_json(request.to_json()) == request
+    assert str(request) == "moe decode 4096 8"
+
+
+@pytest.mark.parametrize("text", ["moe", "moe,decode,x,1", "experts,decode,1,1", "moe,train,1,1", "moe,decode,0,1"])
+def test_bad_graphs_are_named(text):
+    with pytest.raises(GraphCostError, match=f"graph '{text}'"):
+        Request.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--compare"], "--compare needs --impl"), (["--impl", "/nowhere"], "holds no modeling_deepseek.py")],
+)
+def test_bad_arguments_are_one_line(capsys, arguments, message):
+    assert main(["graph-cost", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
