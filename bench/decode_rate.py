@@ -1,7 +1,8 @@
 """Decoding and prefill of the embedded runtime against transformers' DeepseekV3ForCausalLM, on the CPU.
 
 Both run the same random float32 weights of a model of a few hundred million parameters with the released head sizes.
-Prints tokens per second, time of the prompt and bytes of the cache at each context, as ratios to transformers.
+Prints tokens per second, time of the prompt and bytes of the cache at each context, as ratios to transformers, which
+takes the prompt in chunks of 1024 tokens, since the scores of a long one at once would not fit in memory.
 
     python bench/decode_rate.py [--contexts 128,2048,8192] [--new-tokens 8]
 """
@@ -75,14 +76,18 @@ def load_ours(model_dir: str, seq_len: int) -> NeuronDeepseekV3ForCausalLM:
     return model
 
 
+PROMPT_CHUNK = 1024
+
+
 @torch.no_grad()
 def run_theirs(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float, int]:
     """Seconds of the prompt, seconds per decoded token, bytes of the cache."""
     state = {}
 
     def step(ids: torch.Tensor) -> torch.Tensor:
-        output = model(ids, past_key_values=state.get("cache"), use_cache=True, logits_to_keep=1)
-        state["cache"] = output.past_key_values
+        for chunk in ids.split(PROMPT_CHUNK, dim=1):
+            output = model(chunk, past_key_values=state.get("cache"), use_cache=True, logits_to_keep=1)
+            state["cache"] = output.past_key_values
         return output.logits[:, -1].argmax(-1, keepdim=True)
 
     prefill, decode = measure(step, prompt, new_tokens)
