@@ -123,15 +123,14 @@ def _trace(part: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Any],
 
 
 def main() -> int:
-    answers = sys.stdout
+    answers, failure = sys.stdout, None
     with contextlib.redirect_stdout(sys.stderr):  # NxD logs to stdout
         try:
             _prepare_process()
         except (DeepseekError, NxDINotFound) as error:
-            print(json.dumps({"error": str(error)}), file=answers)
-            return 1
+            failure = json.dumps({"error": str(error)})
         for line in sys.stdin:
-            print(_in_fork(Request.from_json(line)), file=answers, flush=True)
+            print(failure or _in_fork(Request.from_json(line)), file=answers, flush=True)
     return 0
 
 
