@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .metrics import row_errors
-from .recording import Entry, Recording, stages
+from .recording import Recording, stages
 from .rounding import TRACE_MARGIN, relative_error
 from .trace import POINTS
 
@@ -17,7 +17,8 @@ _ROUTER = "mlp.router.weights"
 
 @dataclass
 class Flip:
-    """A token for which other experts were chosen. margin: by how much golden's biased scores prefer its own choice."""
+    """A token for which other experts were chosen. margin: by how much golden's biased scores prefer its own choice.
+    kind: "a tie" where rounding may decide, "not a tie", or "after a tie" where the inputs differ because of one."""
 
     stage: str
     prompt: int
@@ -25,13 +26,12 @@ class Flip:
     golden: list[int]
     ours: list[int]
     margin: float
-    is_tie: bool
+    kind: str
 
     def __str__(self) -> str:
-        kind = "a tie" if self.is_tie else "not a tie"
         return (
             f"{self.stage}: prompt {self.prompt}, position {self.position}: experts {self.ours} instead of "
-            f"{self.golden} (margin {self.margin:.1e}, {kind})"
+            f"{self.golden} (margin {self.margin:.1e}, {self.kind})"
         )
 
 
@@ -72,24 +72,37 @@ class Findings:
 
 def compare_traces(golden: Recording, ours: Callable[[str], dict[str, Tensor]], dtype: str) -> Findings:
     """golden: a recording with a trace; ours: gives `i.POINT` -> [S, width] for a stage; dtype: the coarser of the two.
-    Raises ConfigError where ours has other positions or modules."""
-    findings, hidden = Findings(), golden.dimensions["hidden_size"]
-    for number, stage in enumerate(stages(golden.dimensions)):
+
+    A token that a tie sends to other experts is not judged from there on, nor is what attends to it in later stages:
+    both are right. Raises ConfigError where ours has other positions or modules.
+    """
+    findings, sizes = Findings(), golden.dimensions
+    prompts = range(len(golden.entries))
+    judged: dict[int, int | None] = dict.fromkeys(prompts)  # rows up to here are judged, None: all
+    for number, stage in enumerate(stages(sizes)):
         expected, actual = golden.trace(stage), ours(stage)
         _check_same(stage, expected, actual)
-        tolerance = TRACE_MARGIN * relative_error(dtype, number, hidden)
-        errors = {
-            point: {i: row_errors(expected[f"{i}.{point}"], actual[f"{i}.{point}"]) for i in _prompts(golden)}
-            for point in POINTS
-            if f"0.{point}" in expected
-        }
-        if f"0.{_ROUTER}" in expected:
-            findings.flips += _flips(stage, golden.entries, expected, actual, tolerance)
-        if findings.origin is None:
-            findings.origin = _first_origin(stage, errors, tolerance, expected)
-        last = list(errors.values())[-1]
-        findings.growth.append((stage, max(float(rows.max()) for rows in last.values())))
+        tolerance = TRACE_MARGIN * relative_error(dtype, number, sizes["hidden_size"])
+        points = [point for point in POINTS if f"0.{point}" in expected]
+        errors = {p: {i: row_errors(expected[f"{i}.{p}"], actual[f"{i}.{p}"]) for i in prompts} for p in points}
+        findings.growth.append((stage, max(float(rows.max()) for rows in errors[points[-1]].values())))
+        errors = {p: {i: rows[: judged[i]] for i, rows in by_prompt.items()} for p, by_prompt in errors.items()}
+        if _ROUTER in points:
+            flips = _flips(stage, sizes, judged, expected, actual, tolerance)
+            _excuse_ties(flips, errors, judged)
+            findings.flips += flips
+        findings.origin = findings.origin or _first_origin(stage, errors, tolerance, expected)
     return findings
+
+
+def _excuse_ties(flips: list[Flip], errors: dict[str, dict[int, Tensor]], judged: dict[int, int | None]) -> None:
+    points = list(errors)
+    for flip in flips:
+        if flip.kind == "a tie":
+            for point in points[points.index(_ROUTER) :]:
+                errors[point][flip.prompt][flip.position] = 0
+            limit = judged[flip.prompt]
+            judged[flip.prompt] = flip.position if limit is None else min(limit, flip.position)
 
 
 def _check_same(stage: str, expected: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
@@ -101,16 +114,13 @@ def _check_same(stage: str, expected: dict[str, Tensor], actual: dict[str, Tenso
             )
 
 
-def _prompts(golden: Recording) -> range:
-    return range(len(golden.entries))
-
-
 def _first_origin(
     stage: str, errors: dict[str, dict[int, Tensor]], tolerance: float, expected: dict[str, Tensor]
 ) -> Origin | None:
     for point, by_prompt in errors.items():
-        prompt = max(by_prompt, key=lambda i: float(by_prompt[i].max()))
-        worst = float(by_prompt[prompt].max())
+        by_prompt = {i: rows for i, rows in by_prompt.items() if len(rows)}
+        prompt = max(by_prompt, key=lambda i: float(by_prompt[i].max()), default=None)
+        worst = 0.0 if prompt is None else float(by_prompt[prompt].max())
         if worst > tolerance:
             position = int(by_prompt[prompt].argmax())
             tokens = sum(int((rows > tolerance).sum()) for rows in by_prompt.values())
@@ -121,21 +131,42 @@ def _first_origin(
 
 def _suspects(errors: dict[int, Tensor], tolerance: float, expected: dict[str, Tensor]) -> list[int]:
     bad = torch.cat([rows > tolerance for rows in errors.values()])
-    chosen = torch.cat([expected[f"{i}.{_ROUTER}"] != 0 for i in errors])
+    chosen = torch.cat([expected[f"{i}.{_ROUTER}"][: len(rows)] != 0 for i, rows in errors.items()])
     return (chosen[bad].all(0) & ~chosen[~bad].any(0)).nonzero().flatten().tolist()
 
 
 def _flips(
-    stage: str, entries: list[Entry], expected: dict[str, Tensor], actual: dict[str, Tensor], tolerance: float
+    stage: str,
+    sizes: dict[str, int],
+    judged: dict[int, int | None],
+    expected: dict[str, Tensor],
+    actual: dict[str, Tensor],
+    tolerance: float,
 ) -> list[Flip]:
     flips = []
-    for i in range(len(entries)):
+    for i, limit in judged.items():
         golden, ours = (trace[f"{i}.{_ROUTER}"] != 0 for trace in (expected, actual))
         scores = expected[f"{i}.mlp.router.scores"]
         for position in (golden != ours).any(-1).nonzero().flatten().tolist():
-            dropped, taken = golden[position] & ~ours[position], ours[position] & ~golden[position]
-            row = scores[position]
-            margin = float(row[dropped].max() - row[taken].min()) if dropped.any() and taken.any() else float("inf")
-            sets = (chosen[position].nonzero().flatten().tolist() for chosen in (golden, ours))
-            flips.append(Flip(stage, i, position, *sets, margin, abs(margin) <= tolerance * float(row.abs().max())))
+            chosen, row = (golden[position], ours[position]), scores[position]
+            margin = flip_margin(row, *chosen, sizes["n_group"], sizes["topk_group"])
+            is_tie = abs(margin) <= tolerance * float(row.abs().max())
+            kind = "after a tie" if limit is not None and position >= limit else "a tie" if is_tie else "not a tie"
+            experts = (experts.nonzero().flatten().tolist() for experts in chosen)
+            flips.append(Flip(stage, i, position, *experts, margin, kind))
     return flips
+
+
+def flip_margin(scores_E: Tensor, golden_E: Tensor, ours_E: Tensor, n_group: int, topk_group: int) -> float:
+    """By how much biased scores prefer golden's choice (bool) to ours: of groups, where ours takes another one, else
+    of experts. Infinity where ours chose no other expert, only fewer."""
+    dropped, taken = golden_E & ~ours_E, ours_E & ~golden_E
+    if not (taken.any() and dropped.any()):
+        return float("inf")
+    groups = scores_E.unflatten(0, (n_group, -1))
+    ratings = groups.topk(min(2, groups.shape[1]), dim=-1).values.sum(-1)
+    allowed = torch.zeros(n_group, dtype=torch.bool).scatter(0, ratings.topk(topk_group).indices, True)
+    foreign = taken.unflatten(0, (n_group, -1)).any(-1) & ~allowed
+    if foreign.any():
+        return float(ratings[allowed].min() - ratings[foreign].min())
+    return float(scores_E[dropped].max() - scores_E[taken].min())

@@ -154,4 +154,4 @@ def _decode_prefill(run: Recording, prefilled: list[Tensor] | None) -> dict[str,
 
 
 def _share(flags: Tensor) -> float:
-    return float(flags.float().mean())
+    return float(flags.double().mean())

@@ -27,7 +27,9 @@ def figures(comparison: Comparison) -> Iterator[str]:
 
 
 def _difference_per_position(comparison: Comparison) -> str:
-    axes = _Axes("Largest logit difference per token", "token", "max |difference|", log_y=True)
+    longest = max(len(prompt.verdicts) for prompt in comparison.prompts)
+    names = [str(token) for token in range(longest)]
+    axes = _Axes("Largest logit difference per token", "token", "max |difference|", log_y=True, x_names=names)
     for i, prompt in enumerate(comparison.prompts):
         axes.line(f"prompt {i}", list(enumerate(prompt.tokens["max_difference"].tolist())))
     return axes.svg()
@@ -43,23 +45,31 @@ def _scatter(comparison: Comparison) -> str:
 
 
 def _error_growth(comparison: Comparison) -> str:
-    axes = _Axes("Error growth over the layers", "stage", "worst relative error", log_y=True)
-    axes.line("output of the stage", [(i, error) for i, (_, error) in enumerate(comparison.findings.growth)])
+    names = _stage_names(comparison)
+    axes = _Axes("Error growth over the layers", "layer", "worst relative error", log_y=True, x_names=names)
+    axes.line("output of the layer", [(i, error) for i, (_, error) in enumerate(comparison.findings.growth)])
     return axes.svg()
 
 
 def _router_flips(comparison: Comparison) -> str:
     counts = Counter(flip.stage for flip in comparison.findings.flips)
-    axes = _Axes("Tokens with other experts, per stage", "stage", "tokens")
+    axes = _Axes("Tokens with other experts", "layer", "tokens", x_names=_stage_names(comparison))
     axes.bars([(i, counts[stage]) for i, stage in enumerate(stages(comparison.golden.dimensions))])
     return axes.svg()
+
+
+def _stage_names(comparison: Comparison) -> list[str]:
+    return [stage.removeprefix("layers.").partition("_")[0] for stage in stages(comparison.golden.dimensions)]
 
 
 class _Axes:
     """One figure. Points are collected first, since they decide the scales."""
 
-    def __init__(self, title: str, x_label: str, y_label: str, log_y: bool = False):
-        self.title, self.x_label, self.y_label, self.log_y = title, x_label, y_label, log_y
+    def __init__(
+        self, title: str, x_label: str, y_label: str, log_y: bool = False, x_names: Sequence[str] | None = None
+    ):
+        """x_names: names of x = 0, 1, 2, ..., where these are things and not numbers."""
+        self.title, self.x_label, self.y_label, self.log_y, self.x_names = title, x_label, y_label, log_y, x_names
         self.series: list[tuple[str, str, list[Point]]] = []
 
     def line(self, name: str, points: list[Point]) -> None:
@@ -112,12 +122,19 @@ class _Axes:
 
     def _grid(self) -> Iterator[str]:
         for i in range(5):
-            x = self.x_range[0] + i / 4 * (self.x_range[1] - self.x_range[0])
             y = self.y_range[0] + i / 4 * (self.y_range[1] - self.y_range[0])
             height = _HEIGHT - _BOTTOM - i / 4 * (_HEIGHT - _BOTTOM - _TOP)
             yield f'<path d="M{_LEFT} {height:.1f}H{_WIDTH - _RIGHT}" stroke="#e4e7eb"/>'
             yield _label(_LEFT - 6, height + 4, f"{10**y:.0e}" if self.log_y else f"{y:.3g}", "end")
-            yield _label(self._x(x), _HEIGHT - _BOTTOM + 15, f"{x:.3g}", "middle")
+        for x, name in self._x_ticks():
+            yield _label(self._x(x), _HEIGHT - _BOTTOM + 15, name, "middle")
+
+    def _x_ticks(self) -> list[tuple[float, str]]:
+        if self.x_names is not None:
+            step = -(-len(self.x_names) // 8)
+            return list(enumerate(self.x_names))[::step]
+        low, high = self.x_range
+        return [(x, f"{x:.3g}") for x in (low + i / 4 * (high - low) for i in range(5))]
 
     def _draw_line(self, points: list[Point], colour: str) -> list[str]:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

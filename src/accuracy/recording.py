@@ -25,7 +25,15 @@ RECORDING_FILE = "recording.json"
 LOGITS_FILE = "logits.safetensors"
 TRACE_FOLDER = "trace"
 _FORMAT = 1
-_DIMENSIONS = ("vocab_size", "hidden_size", "num_hidden_layers", "n_routed_experts", "num_experts_per_tok")
+_DIMENSIONS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+)
 
 
 @dataclass

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1f2933; max-width: 980px; 
 h1 { font-size: 1.5em } h2 { font-size: 1.1em; margin: 1.6em 0 .4em }
 table { border-collapse: collapse } td, th { padding: .2em .8em; text-align: right; border-bottom: 1px solid #e4e7eb }
 th:first-child, td:first-child { text-align: left } .pass { color: #207227 } .fail { color: #b42318 }
+pre { white-space: pre-wrap }
 .figures { display: flex; flex-wrap: wrap; gap: 12px } svg { border: 1px solid #e4e7eb }
 """
 
@@ -79,7 +81,8 @@ def _lines(comparison: Comparison) -> Iterator[str]:
         flips, origin = comparison.findings.flips, comparison.findings.origin
         yield f"trace: {origin or 'every module within rounding of golden'}"
         if flips:
-            yield f"other experts chosen {len(flips)} times, {sum(flip.is_tie for flip in flips)} of them ties"
+            kinds = Counter(flip.kind for flip in flips)
+            yield f"other experts chosen: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
         yield from (f"  {flip}" for flip in flips[:_LISTED_FLIPS])
     for gate, why in comparison.failures.items():
         yield f"FAILED {gate}: {why}"

@@ -11,10 +11,11 @@ from .checks import read_scale
 from .fp8 import check_codes, decoding_tables, float_bits
 from .kernels import copy_strips, decode_blocks
 from .reader import CheckpointReader
-from .units import Range, Region, Unit, read_ranges
+from .units import Range, Region, Unit, read_columns, read_ranges
 
 BITS = {torch.float32: np.uint32, torch.bfloat16: np.uint16}
 _ALIGNMENT = 64
+_PAGE = 4096  # bytes; what a disk reads at least
 
 
 class UnitDecoder:
@@ -41,7 +42,7 @@ class UnitDecoder:
         groups = self._groups(unit)
         dtype = unit.spec.dtype(self._dtype)
         sources = [
-            self._load(source.name, block.transposed, read_ranges([region for _, region in groups], i), dtype, i)
+            self._load(source.name, block.transposed, [region for _, region in groups], dtype, i)
             for i, (source, block) in enumerate(zip(unit.sources(), unit.spec.grid.blocks, strict=True))
         ]
         for ranks, region in groups:
@@ -59,20 +60,25 @@ class UnitDecoder:
         return [(ranks, region) for ranks, region in regions if region]
 
     def _load(
-        self, name: str, transposed: bool, ranges: list[Range], dtype: torch.dtype, slot: int
+        self, name: str, transposed: bool, regions: Sequence[Region], dtype: torch.dtype, slot: int
     ) -> "_Fp8Rows | _PlainRows":
         entry = self._reader.entries[name]
-        size = max(entry.row_bytes * sum(stop - start for start, stop in ranges), 1)
+        ranges, columns = read_ranges(regions, slot), read_columns(regions, slot)
+        if (entry.columns - (columns[1] - columns[0])) * entry.item_bytes < _PAGE:
+            columns = 0, entry.columns  # the disk would read the rest along
+        size = max((columns[1] - columns[0]) * entry.item_bytes * sum(stop - start for start, stop in ranges), 1)
         buffer, parts, offset = self._buffer(slot, size), [], 0
         for start, stop in ranges:
-            raw = self._reader.read_rows(name, start, stop, buffer[offset:])
+            raw = self._reader.read_rows(name, start, stop, buffer[offset:], columns)
             parts.append((start, raw))
             offset += raw.size
         what = self._reader.describe(name)
         if entry.dtype == "F8_E4M3":
             check_codes(buffer[:offset], what)
-            return _Fp8Rows(parts, read_scale(self._reader, name), self._block_size, transposed, dtype)
-        return _PlainRows([(start, plain_bits(raw, entry.dtype, dtype, what)) for start, raw in parts], transposed)
+            scale = read_scale(self._reader, name)
+            return _Fp8Rows(parts, columns[0], scale, self._block_size, transposed, dtype)
+        parts = [(start, plain_bits(raw, entry.dtype, dtype, what)) for start, raw in parts]
+        return _PlainRows(parts, columns[0], transposed)
 
     def _buffer(self, slot: int | str, size: int) -> np.ndarray:
         buffer = getattr(self._buffers, str(slot), None)
@@ -84,22 +90,23 @@ class UnitDecoder:
 
 
 class _Fp8Rows:
-    """Ranges of rows of an FP8 matrix: (first row, codes uint8 [rows, columns])."""
+    """Ranges of rows of an FP8 matrix, from column `left` on: (first row, codes uint8 [rows, columns])."""
 
     def __init__(
         self,
         parts: list[tuple[int, np.ndarray]],
+        left: int,
         scale: np.ndarray,
         block_size: tuple[int, int],
         transposed: bool,
         dtype: torch.dtype,
     ):
-        self._parts, self._block_size, self._transposed = parts, block_size, transposed
+        self._parts, self._left, self._block_size, self._transposed = parts, left, block_size, transposed
         self._tables = decoding_tables(scale if transposed else scale.T, dtype)
 
     def paste(self, rows: Range, columns: Range, out: np.ndarray) -> None:
         """Decodes a rectangle into `out`, the bits of its place in the tensor."""
-        codes = _rectangle(self._parts, rows, columns)
+        codes = _rectangle(self._parts, self._left, rows, columns)
         if self._transposed:
             decode_blocks(codes, self._tables, rows[0], columns[0], *self._block_size, out.T)
         else:
@@ -107,22 +114,22 @@ class _Fp8Rows:
 
 
 class _PlainRows:
-    """Ranges of rows of a matrix that is no FP8: (first row, bits of the result's dtype [rows, columns])."""
+    """The same of a matrix that is no FP8: (first row, bits of the result's dtype [rows, columns])."""
 
-    def __init__(self, parts: list[tuple[int, np.ndarray]], transposed: bool):
-        self._parts, self._transposed = parts, transposed
+    def __init__(self, parts: list[tuple[int, np.ndarray]], left: int, transposed: bool):
+        self._parts, self._left, self._transposed = parts, left, transposed
 
     def paste(self, rows: Range, columns: Range, out: np.ndarray) -> None:
-        bits = _rectangle(self._parts, rows, columns)
+        bits = _rectangle(self._parts, self._left, rows, columns)
         if self._transposed:
             copy_strips(bits, out.T)
         else:
             out[...] = bits
 
 
-def _rectangle(parts: list[tuple[int, np.ndarray]], rows: Range, columns: Range) -> np.ndarray:
+def _rectangle(parts: list[tuple[int, np.ndarray]], left: int, rows: Range, columns: Range) -> np.ndarray:
     first, values = next(part for part in reversed(parts) if part[0] <= rows[0])
-    return values[rows[0] - first : rows[1] - first, columns[0] : columns[1]]
+    return values[rows[0] - first : rows[1] - first, columns[0] - left : columns[1] - left]
 
 
 def plain_bits(raw: np.ndarray, stored: str, dtype: torch.dtype, what: str) -> np.ndarray:

@@ -30,9 +30,17 @@ class TensorEntry:
     offset: int
 
     @property
+    def columns(self) -> int:
+        """Elements of one index of the first axis."""
+        return prod(self.shape[1:])
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_SIZE[self.dtype]
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of one index of the first axis."""
-        return ITEM_SIZE[self.dtype] * prod(self.shape[1:])
+        return self.item_bytes * self.columns
 
     @property
     def nbytes(self) -> int:

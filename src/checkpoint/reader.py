@@ -80,17 +80,22 @@ class CheckpointReader:
             self._mapped[file] = safe_open(self.model_dir / file, framework="pt")
         return self._mapped[file].get_tensor(name)
 
-    def read_rows(self, name: str, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+    def read_rows(
+        self, name: str, start: int, stop: int, buffer: np.ndarray, columns: tuple[int, int] | None = None
+    ) -> np.ndarray:
         """The bytes of rows start..stop along the first axis, read into `buffer` (uint8): uint8 [stop - start, bytes].
 
-        Reads instead of mapping, so that memory stays bounded and a file cut short is an error, not a crash.
+        columns: reads these only, row by row. Reads instead of mapping, so that memory stays bounded and a file cut
+        short is an error, not a crash.
         """
         entry = self.entries[name]
-        size = (stop - start) * entry.row_bytes
-        pread_into(
-            self._descriptor(entry.file), buffer[:size], entry.offset + start * entry.row_bytes, self.describe(name)
-        )
-        return buffer[:size].reshape(stop - start, entry.row_bytes)
+        left, right = columns or (0, entry.columns)
+        rows = buffer[: (stop - start) * (right - left) * entry.item_bytes].reshape(stop - start, -1)
+        pieces = rows if rows.shape[1] < entry.row_bytes else [rows.reshape(-1)]
+        offset = entry.offset + start * entry.row_bytes + left * entry.item_bytes
+        for i, piece in enumerate(pieces):
+            pread_into(self._descriptor(entry.file), piece, offset + i * entry.row_bytes, self.describe(name))
+        return rows
 
     def stamps(self) -> dict[str, list[int]]:
         """Size in bytes and time of change in ns of each shard: tells one state of the folder from another."""

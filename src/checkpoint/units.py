@@ -75,6 +75,12 @@ def read_ranges(regions: Sequence[Region], block: int) -> list[Range]:
     return merged
 
 
+def read_columns(regions: Sequence[Region], block: int) -> Range:
+    """The columns of a source that the regions need, as one range."""
+    needed = [piece.source[1] for region in regions for piece in region.pieces if piece.block == block]
+    return min((start for start, _ in needed), default=0), max((stop for _, stop in needed), default=0)
+
+
 @lru_cache(maxsize=1 << 15)
 def _region(grid: Grid, start: int, stop: int, rank: int, tp_degree: int) -> Region | None:
     row_parts = _parts(grid, 1, (start, stop), rank, tp_degree)

@@ -10,6 +10,7 @@ from nxdi_deepseek.accuracy.golden import make_golden  # noqa: E402
 from nxdi_deepseek.accuracy.greedy import Rule  # noqa: E402
 from nxdi_deepseek.accuracy.nxdi_rule import TOLERANCE_MAP, judge  # noqa: E402
 from nxdi_deepseek.accuracy.recording import Entry  # noqa: E402
+from nxdi_deepseek.cli import main  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 from support.compare_suite import *  # noqa: E402, F403
 from support.models import load_model  # noqa: E402
@@ -27,6 +28,12 @@ def served(tmp_path_factory):
     rule = Rule(NEW, stop_tokens=(1,), min_new_tokens=NEW)
     make_golden(model_dir, [Entry(words(PROMPT), PROMPT)], [[]], rule, folder / "golden", batch_size=2)
     return model_dir, str(folder / "golden" / "expected_outputs_0.pt")
+
+
+def test_the_command_runs_the_model_on_nxdi(released, capsys):  # noqa: F811
+    model_dir, golden = released
+    assert main(["compare", str(golden.folder), str(model_dir), "--backend", "nxdi", "--bisect"]) == 0
+    assert "backend: NxDI" in capsys.readouterr().out
 
 
 def check(served, mode, tokens=NEW):

@@ -83,7 +83,7 @@ def test_a_planted_fault_is_named(plant, request, monkeypatch):
     if plant is faults.gate_and_up_swapped:
         assert origin.experts == [faults.SWAPPED_EXPERT]
     if plant is faults.masked_groups_as_zero:
-        assert not any(flip.is_tie for flip in comparison.findings.flips if flip.stage == "layers.1")
+        assert any(flip.kind == "not a tie" for flip in comparison.findings.flips if flip.stage == "layers.1")
     if plant is faults.positions_of_the_first_sequence:
         assert origin.prompt > 0
         assert origin.position >= len(PROMPTS[origin.prompt])  # prompts all begin at position 0

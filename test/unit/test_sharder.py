@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from nxdi_deepseek.checkpoint import reader, sharder
+from nxdi_deepseek.checkpoint import decoder, reader, sharder
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.checkpoint.unshard import unshard
 from nxdi_deepseek.checkpoint.verify import verify_shards
@@ -81,11 +81,13 @@ def generate_from_rank_file(model_dir, out_dir, prompts):
     return models.greedy(model, prompts, 8)[0].tolist()
 
 
-def test_a_model_generates_the_same_tokens_from_rank_files(checkpoint, tmp_path):
-    shard_checkpoint(checkpoint, tmp_path, 2, "float32")
+@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": None, "n_shared_experts": 2, "attention_bias": True}])
+def test_a_model_generates_the_same_tokens_from_rank_files(tmp_path, fields):
+    model_dir = write_encoded(tmp_path / "model", "FP8, float32 scales", FP8_CONFIG | fields)
+    shard_checkpoint(model_dir, tmp_path, 2, "float32")
     prompts = models.random_prompts((6, 11))
-    expected = models.greedy(models.load_model(checkpoint, batch_size=2), prompts, 8)[0].tolist()
-    args = (str(checkpoint), str(tmp_path), prompts)
+    expected = models.greedy(models.load_model(model_dir, batch_size=2), prompts, 8)[0].tolist()
+    args = (str(model_dir), str(tmp_path), prompts)
     actual = nxdi.run_parallel(generate_from_rank_file, 2, *args, initialize=models.init_embedded)
     assert actual == [expected, expected]
 
@@ -127,8 +129,9 @@ def test_some_ranks_now_and_the_others_later(checkpoint, rank_files, tmp_path):
     assert (tmp_path / "weights/manifest.json").read_bytes() == (rank_files / "weights/manifest.json").read_bytes()
 
 
-def test_one_rank_reads_its_rows_only(checkpoint, tmp_path, monkeypatch):
-    """Rows that other ranks hold are not read; of matrices that ranks split by columns, every row is needed."""
+@pytest.mark.parametrize("page", [4096, 1])
+def test_one_rank_reads_what_it_needs(checkpoint, tmp_path, monkeypatch, page):
+    """Rows that other ranks hold are not read, nor columns where that spares a page of each row."""
     read = 0
 
     def counted(descriptor, buffer, *args):
@@ -138,16 +141,24 @@ def test_one_rank_reads_its_rows_only(checkpoint, tmp_path, monkeypatch):
 
     original = reader.pread_into
     monkeypatch.setattr(reader, "pread_into", counted)
+    monkeypatch.setattr(decoder, "_PAGE", page)
     shard_checkpoint(checkpoint, tmp_path, 8, ranks=[5])
     needed = 0
     for path in checkpoint.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             by_rows = name.endswith(tuple(f"{p}.weight" for p in ("gate_proj", "up_proj", "q_b_proj", "kv_b_proj")))
             by_rows |= name == "lm_head.weight"
+            by_columns = name.endswith(("down_proj.weight", "o_proj.weight", "embed_tokens.weight"))
             if "layers.3" not in name and "qkv" not in name:
-                needed += tensor.nbytes // 8 if by_rows else tensor.nbytes
+                needed += tensor.nbytes // 8 if by_rows or (by_columns and page == 1) else tensor.nbytes
     # The scales are read twice, first to check them.
     assert read < 1.1 * needed
+
+
+def test_reading_columns_gives_the_same_file(checkpoint, rank_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "_PAGE", 1)
+    shard_checkpoint(checkpoint, tmp_path, 4, ranks=[2])
+    assert file_of(tmp_path, 2).read_bytes() == file_of(rank_files, 2).read_bytes()
 
 
 def test_threads_and_pieces_do_not_matter(checkpoint, rank_files, tmp_path, monkeypatch):
