@@ -85,7 +85,7 @@ def _load_config(request: Request) -> Any:
     fields.pop("torch_dtype", None)
     fields.pop("quantization_config", None)
     if request.part != "model":
-        fields["num_hidden_layers"] = fields["first_k_dense_replace"] + 1
+        fields["num_hidden_layers"] = fields.get("first_k_dense_replace", 0) + 1
 
     def load_config(config: Any) -> None:
         vars(config).update(fields)
