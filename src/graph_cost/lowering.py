@@ -153,9 +153,10 @@ def _answer(request: Request, sender: Any) -> None:
         result = lower(request).to_dict()
     except DeepseekError as error:
         result = {"error": str(error)}
-    except Exception as error:  # of the package that is lowered
-        traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    except Exception as error:  # of the package that is lowered, or of NxD with what it was given
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        result = {"error": f"{reason} ({place.filename}, line {place.lineno})"}
     sender.send(json.dumps(result))
 
 
