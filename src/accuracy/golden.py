@@ -20,7 +20,7 @@ from .expected_outputs import write_expected_outputs
 from .greedy import Rule, Sequence
 from .oracle import KeyValues, LayerOracle
 from .progress import Hidden, Progress
-from .recording import TRACE_FOLDER, Entry, Recording, dimensions, is_recording, save_tensors
+from .recording import TRACE_FOLDER, Entry, Recording, dimensions, is_recording, load_recording, save_tensors
 
 _WORK_FOLDER = "unfinished"
 Report = Callable[[str], None]
@@ -47,10 +47,13 @@ def make_golden(
     oracle = LayerOracle(model_dir, dtype)
     sequences = [Sequence(entry.prompt, draft=list(draft)) for entry, draft in zip(prompts, drafts, strict=True)]
     with locked_folder(out):
-        if is_recording(out):
+        finished, work = is_recording(out), out / _WORK_FOLDER
+        if finished and not work.exists():
             raise ConfigError(f"{out}: holds finished outputs; choose another folder, or delete this one")
-        request = _request(oracle, model_dir, prompts, drafts, rule, trace)
-        progress = Progress(out / _WORK_FOLDER, request, sequences)
+        progress = Progress(work, _request(oracle, model_dir, prompts, drafts, rule, trace), sequences)
+        if finished:  # killed after the last write
+            progress.remove()
+            return load_recording(out)
         while not all(rule.is_done(sequence.tokens) for sequence in progress.sequences):
             _run_pass(oracle, progress, rule, report)
         if trace:

@@ -38,8 +38,8 @@ def _difference_per_position(comparison: Comparison) -> str:
 def _scatter(comparison: Comparison) -> str:
     golden = torch.cat([prompt.golden.flatten() for prompt in comparison.prompts])
     ours = torch.cat([prompt.ours.flatten() for prompt in comparison.prompts])
-    chosen = torch.randperm(len(golden), generator=torch.Generator().manual_seed(0))[:_SCATTER_POINTS]
-    axes = _Axes(f"Logits ({len(chosen)} of {len(golden)})", "golden", "run")
+    chosen = torch.randint(len(golden), (_SCATTER_POINTS,), generator=torch.Generator().manual_seed(0))
+    axes = _Axes(f"Logits ({_SCATTER_POINTS} of {len(golden)})", "golden", "run")
     axes.dots(list(zip(golden[chosen].tolist(), ours[chosen].tolist(), strict=True)))
     return axes.svg()
 

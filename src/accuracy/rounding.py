@@ -10,8 +10,8 @@ import torch
 
 _ROUNDINGS_PER_LAYER = 4
 _UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
-# Times the expected error that a row of a trace may have: softmax and norms of single tokens amplify what they get. No
-# right computation was seen at more than half of it.
+# Times the expected error that a row of a trace may have: softmax and norms of single tokens amplify what they get. The
+# right model reaches a third of it in float32, over the configurations of the parity tests, and two thirds in bfloat16.
 TRACE_MARGIN = 16
 
 

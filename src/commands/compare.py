@@ -9,14 +9,20 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..accuracy.compare import Comparison
     from ..accuracy.recording import Recording
+    from ..modeling_deepseek import NeuronDeepseekV3ForCausalLM
 
 # Nothing that imports the backend may be imported before --backend is known.
 _BACKEND_VARIABLE = "NXDI_DEEPSEEK_BACKEND"
+_COMPILED_CONFIG = "neuron_config.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("golden", help="folder that `nxdi-deepseek golden` has written")
-    parser.add_argument("subject", metavar="RUN|MODEL_DIR", help="a recorded run, or a checkpoint folder to run")
+    parser.add_argument(
+        "subject",
+        metavar="RUN|MODEL_DIR|COMPILED_DIR",
+        help="a recorded run, a checkpoint folder to run on the CPU, or what NxDI's compile() has written",
+    )
     parser.add_argument("--backend", choices=("embedded", "nxdi"), help="what runs the model (default: NxDI if found)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to run the model in")
     parser.add_argument("--gates", metavar="FILE", help="JSON with the bounds to reach; default: those of the dtype")
@@ -57,16 +63,33 @@ def _compare_run(args: argparse.Namespace, golden: "Recording") -> "Comparison":
 
 def _run_model(args: argparse.Namespace, golden: "Recording") -> "Comparison":
     from .. import backend
-    from ..accuracy.evaluate import evaluate
-    from .generate import load_model
+    from ..accuracy.evaluate import dtype_of, evaluate
 
     if args.backend not in (None, backend.NAME):
         raise ConfigError(f"--backend {args.backend}: this process runs on {backend.NAME} already")
     print(backend.describe())
-    gates = _gates(args, args.dtype)
-    prompts, steps = [entry.prompt for entry in golden.entries], max(len(entry.tokens) for entry in golden.entries)
-    model = load_model(args.subject, prompts, steps, args.dtype, seq_len=None, tp_degree=1)
-    return evaluate(model, golden, gates, args.bisect)
+    model = _load_model(args, golden)
+    return evaluate(model, golden, _gates(args, dtype_of(model)), args.bisect)
+
+
+def _load_model(args: argparse.Namespace, golden: "Recording") -> "NeuronDeepseekV3ForCausalLM":
+    from .. import backend
+    from ..config import DeepseekV3InferenceConfig
+    from ..modeling_deepseek import NeuronDeepseekV3ForCausalLM
+    from .generate import load_model
+
+    if not os.path.exists(os.path.join(args.subject, _COMPILED_CONFIG)):
+        prompts, steps = [entry.prompt for entry in golden.entries], max(len(entry.tokens) for entry in golden.entries)
+        return load_model(args.subject, prompts, steps, args.dtype, seq_len=None, tp_degree=1)
+    model = NeuronDeepseekV3ForCausalLM(args.subject, DeepseekV3InferenceConfig.load(args.subject))
+    needed = max(len(entry.prompt) + len(entry.tokens) for entry in golden.entries)
+    if needed > model.neuron_config.max_context_length:
+        raise ConfigError(
+            f"{args.subject}: compiled for prompts of {model.neuron_config.max_context_length} tokens; golden prompts "
+            f"and tokens need {needed} (each step is also run as a prompt)"
+        )
+    model.load(*([args.subject] if backend.NAME == "nxdi" else []))
+    return model
 
 
 def _gates(args: argparse.Namespace, dtype: str) -> dict[str, float]:

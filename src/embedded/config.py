@@ -19,6 +19,10 @@ class MoENeuronConfig:
     that a compiled model would have; without bucketing there is one for prompts and one for decoding.
     """
 
+    # What the model asks for and this runtime lacks. Not fields: a saved config must load again.
+    on_device_sampling_config = None
+    rpl_reduce_dtype = None
+
     def __init__(self, **kwargs: Any) -> None:
         self.tp_degree: int = kwargs.pop("tp_degree", 1)
         self.batch_size: int = kwargs.pop("batch_size", 1)
@@ -42,8 +46,6 @@ class MoENeuronConfig:
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
         self.blockwise_matmul_config = kwargs.pop("blockwise_matmul_config", {})
-        self.on_device_sampling_config = None
-        self.rpl_reduce_dtype = None
         if kwargs:
             raise ConfigError(f"neuron_config: {', '.join(kwargs)}: not known to the embedded runtime; leave it out")
         if self.max_context_length > self.max_length:

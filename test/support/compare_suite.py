@@ -9,11 +9,12 @@ from nxdi_deepseek.accuracy.golden import make_golden
 from nxdi_deepseek.accuracy.greedy import Rule
 from nxdi_deepseek.accuracy.recording import Entry
 from nxdi_deepseek.cli import main
+from nxdi_deepseek.modeling_deepseek import NeuronDeepseekV3ForCausalLM
 from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from support import planted_faults as faults
-from support.models import CONFIGS, load_model, random_prompts
+from support.models import CONFIGS, load_config, load_model, random_prompts
 
 NEW_TOKENS = 8
 PROMPTS = random_prompts((12, 4, 7), seed=1)
@@ -69,6 +70,18 @@ def test_the_model_passes(name, request):
     assert comparison.findings.origin is None
     assert comparison.findings.flips == []
     assert [prompt.free_run.length for prompt in comparison.prompts] == [NEW_TOKENS] * len(PROMPTS)
+
+
+def test_a_compiled_folder_runs_in_batches_of_its_own_size(released, tmp_path, capsys):
+    """Three prompts on a model compiled for two at a time."""
+    model_dir, golden = released
+    NeuronDeepseekV3ForCausalLM(str(model_dir), load_config(model_dir, batch_size=2, seq_len=32, on_cpu=True)).compile(
+        str(tmp_path)
+    )
+    assert main(["compare", str(golden.folder), str(tmp_path)]) == 0
+    assert "tokens 24, ties 0, top1_exact 1" in capsys.readouterr().out
+    assert main(["compare", str(golden.folder), str(tmp_path), "--bisect"]) == 2
+    assert "bisect needs batch_size 3, the number of golden prompts, not 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("plant", faults.FAULTS, ids=lambda plant: plant.__name__)

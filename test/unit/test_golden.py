@@ -1,6 +1,7 @@
 """Golden outputs against transformers' whole model, and what a killed run leaves."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -10,6 +11,7 @@ from nxdi_deepseek.accuracy.recording import load_recording
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from nxdi_deepseek.tiny_model import TINY_MODEL_DIR
 from support.models import CONFIGS, random_prompts
 from support.sparse import peak_memory_growth, write_sparse_checkpoint
 
@@ -102,6 +104,27 @@ def test_killed_and_resumed_gives_the_same_bytes(model_dir, made, tmp_path):
         assert times < 100
     assert times > 5
     assert files(out) == files(made)
+
+
+def test_killed_after_the_last_write(model_dir, made, tmp_path):
+    shutil.copytree(made, tmp_path / "out")
+    command = ["golden", str(model_dir), "--prompt-ids", "5,17,42,9", "--prompt-ids", "7,8", "--max-new-tokens", "6"]
+    state = tmp_path / "other"
+    assert run_until_killed([*command, "--trace", "--out", str(state)], writes=3)
+    shutil.copytree(state / "unfinished", tmp_path / "out" / "unfinished")
+    assert main([*command, "--trace", "--out", str(tmp_path / "out")]) == 0
+    assert files(tmp_path / "out") == files(made)
+
+
+def test_bfloat16_is_as_close_to_float32_as_its_digits(tmp_path):
+    """On the trained model, through compare, up to the first token that differs."""
+    prompts = ["It was a dark night, and the", "She opened the letter"]
+    command = ["golden", str(TINY_MODEL_DIR), "--max-new-tokens", "16", *(w for p in prompts for w in ("--prompt", p))]
+    assert main([*command, "--out", str(tmp_path / "float32")]) == 0
+    assert main([*command, "--dtype", "bfloat16", "--out", str(tmp_path / "bfloat16")]) == 0
+    gates = tmp_path / "gates.json"
+    gates.write_text('{"top5_agreement": 1.0, "kl_mean": 0.01, "pearson": 0.999}')
+    assert main(["compare", str(tmp_path / "float32"), str(tmp_path / "bfloat16"), "--gates", str(gates)]) == 0
 
 
 def test_memory_does_not_hold_a_layer(tmp_path):
