@@ -12,7 +12,7 @@ from torch import Tensor
 from .checkpoint.fp8 import SCALE_SUFFIX, quantize_blocks, scale_shape
 from .checkpoint.header import build_header
 from .checkpoint.layout import Source, model_layout, mtp_layout
-from .checkpoint.reader import INDEX_FILE
+from .checkpoint.reader import INDEX_FILE, CheckpointReader
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig
 
 # Small, but nothing is round: dims that blocks of 128 do not divide, nope != v, groups, a dense first layer, YaRN.
@@ -134,6 +134,16 @@ def write_sparse_checkpoint(model_dir: str | Path, config: dict[str, Any], shard
             out.truncate(len(head) + sum(entry.nbytes for entry in entries.values()))
         weight_map.update((name, file) for name, _, _ in part)
     _write_json(model_dir, config, {"metadata": {}, "weight_map": weight_map})
+
+
+def fill_rows(model_dir: str | Path, name: str, count: int, generator: torch.Generator) -> None:
+    """Gives the first rows of a bfloat16 tensor random values, where it lies."""
+    reader = CheckpointReader(model_dir)
+    entry = reader.entries[name]
+    values = torch.randn(count, *entry.shape[1:], generator=generator).to(torch.bfloat16)
+    with reader.file_of(name).open("r+b") as file:
+        file.seek(entry.offset)
+        file.write(values.view(torch.uint8).numpy())
 
 
 def _write_json(model_dir: Path, config: dict[str, Any], index: dict[str, Any]) -> None:

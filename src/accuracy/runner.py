@@ -14,7 +14,10 @@ from .trace import attention_hooks, hooks
 
 
 class Runner:
-    """The sequences of a batch in the cache slots of a model on either backend. trace: see `tracing`."""
+    """The sequences of a batch in the cache slots of a model on either backend.
+
+    trace: None, or a dict that each step extends, stage -> `i.POINT` -> parts [S, width] (see joined_trace).
+    """
 
     def __init__(self, model: Any):
         self.model = model

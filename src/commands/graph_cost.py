@@ -37,13 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("graphs", nargs="*", metavar="GRAPH", help=f"{parts},{phases},LENGTH,BATCH; a set if not given")
     parser.add_argument("--model-dir", help="folder with a config.json; the released 671B model's if not given")
     parser.add_argument("--tp-degree", type=int, default=64)
-    parser.add_argument("--neuron-config", type=json.loads, default={}, help="more NeuronConfig fields, as JSON")
+    parser.add_argument("--neuron-config", type=_json_object, default={}, help="more NeuronConfig fields, as JSON")
     parser.add_argument("--impl", help="folder of another package, which holds modeling_deepseek.py; it is run")
     parser.add_argument("--compare", action="store_true", help="with --impl: both, side by side")
     parser.add_argument("--json", action="store_true", help="everything that was counted, as JSON")
     for option, (name, unit, size) in _MACHINE_OPTIONS.items():
         default = getattr(Machine(), name) / size
         parser.add_argument(option, dest=name, type=float, default=default, help=f"of a rank, {unit} (%(default)g)")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise argparse.ArgumentTypeError("is not a JSON object")
+    return fields
 
 
 def run(args: argparse.Namespace) -> int:

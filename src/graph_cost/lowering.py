@@ -123,15 +123,14 @@ def _trace(part: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Any],
 
 
 def main() -> int:
-    answers = sys.stdout
+    answers, failure = sys.stdout, None
     with contextlib.redirect_stdout(sys.stderr):  # NxD logs to stdout
         try:
             _prepare_process()
         except (DeepseekError, NxDINotFound) as error:
-            print(json.dumps({"error": str(error)}), file=answers)
-            return 1
+            failure = json.dumps({"error": str(error)})
         for line in sys.stdin:
-            print(_in_fork(Request.from_json(line)), file=answers, flush=True)
+            print(failure or _in_fork(Request.from_json(line)), file=answers, flush=True)
     return 0
 
 
@@ -154,9 +153,10 @@ def _answer(request: Request, sender: Any) -> None:
         result = lower(request).to_dict()
     except DeepseekError as error:
         result = {"error": str(error)}
-    except Exception as error:  # of the package that is lowered
-        traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    except Exception as error:  # of the package that is lowered, or of NxD with what it was given
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        result = {"error": f"{reason} ({place.filename}, line {place.lineno})"}
     sender.send(json.dumps(result))
 
 

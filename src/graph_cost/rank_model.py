@@ -2,13 +2,16 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from neuronx_distributed.parallel_layers import parallel_state
 from neuronx_distributed.utils.model_utils import init_on_device
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM
+from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
 from torch import Tensor, nn
 
 from ..errors import GraphCostError
@@ -51,10 +54,20 @@ def _instance(request: Request) -> tuple[Any, dict[str, Any]]:
     )
     parallel_state.set_aot_mode(True)
     instance = wrapper.get_model_instance()
-    with init_on_device(torch.device("meta"), force_custom_init_on_device=True):
+    # Parameters reach the meta device as they are registered, but caches are filled with zeros ahead of it.
+    cache_on_meta = mock.patch.object(KVCacheManager, "__init__", _on_meta(KVCacheManager.__init__))
+    with init_on_device(torch.device("meta"), force_custom_init_on_device=True), cache_on_meta:
         instance.load_module()
     instance.get(0)
     return instance, wrapper.input_generator()[0]
+
+
+def _on_meta(function: Callable[..., None]) -> Callable[..., None]:
+    def on_meta(*args: Any, **kwargs: Any) -> None:
+        with torch.device("meta"):
+            function(*args, **kwargs)
+
+    return on_meta
 
 
 def _application(request: Request) -> NeuronBaseForCausalLM:
@@ -85,7 +98,7 @@ def _load_config(request: Request) -> Any:
     fields.pop("torch_dtype", None)
     fields.pop("quantization_config", None)
     if request.part != "model":
-        fields["num_hidden_layers"] = fields["first_k_dense_replace"] + 1
+        fields["num_hidden_layers"] = fields.get("first_k_dense_replace", 0) + 1
 
     def load_config(config: Any) -> None:
         vars(config).update(fields)

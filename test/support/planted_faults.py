@@ -43,14 +43,11 @@ def masked_groups_as_zero(monkeypatch, model):
 
 def kv_b_split_at_v_head_dim(monkeypatch, model):
     """Values from row v_head_dim of each head on; keys are right. Needs qk_nope_head_dim > v_head_dim."""
-    split = torch.Tensor.split
+    split, nope_dim, v_dim = torch.Tensor.split, model.config.qk_nope_head_dim, model.config.v_head_dim
 
     def wrong_split(tensor, sizes, dim=0):
         parts = split(tensor, sizes, dim)
-        attention = decoder_modules(model).copy().pop().layers[0].self_attn
-        if tuple(sizes) != (attention.nope_dim, attention.v_dim):
-            return parts
-        return parts[0], tensor.narrow(dim, attention.v_dim, attention.v_dim)
+        return (parts[0], tensor.narrow(dim, v_dim, v_dim)) if tuple(sizes) == (nope_dim, v_dim) else parts
 
     prefill, decode = DeepseekV3Attention._prefill, DeepseekV3Attention._decode
 

@@ -10,10 +10,10 @@ from nxdi_deepseek.accuracy.greedy import Rule, Sequence
 from nxdi_deepseek.accuracy.recording import load_recording
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.reference import hugging_face_model, reference_logits
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from nxdi_deepseek.synthetic import DEMO_CONFIG, fill_rows, write_checkpoint, write_sparse_checkpoint
 from nxdi_deepseek.tiny_model import TINY_MODEL_DIR
+from support.memory import peak_memory_growth
 from support.models import CONFIGS, random_prompts
-from support.sparse import peak_memory_growth, write_sparse_checkpoint
 
 # float32 against float32. Two evaluations that sum n terms in different orders differ by about sqrt(n) * 2^-24 of the
 # largest value; n is the terms on the way to a logit (3 layers of some 3000), logits reach 6: 3.4e-5. Three times that.
@@ -133,10 +133,13 @@ def test_memory_does_not_hold_a_layer(tmp_path):
     tokens = list(range(2, 18))
     fields = CONFIGS["v3"] | FP8 | {"hidden_size": 1024, "moe_intermediate_size": 1024, "vocab_size": 32768}
     fields |= {"num_hidden_layers": 5, "n_routed_experts": 32, "n_group": 1, "topk_group": 1}
-    write_sparse_checkpoint(tmp_path, fields, tokens)
+    write_sparse_checkpoint(tmp_path, fields, shards=4)
+    generator = torch.Generator().manual_seed(0)
+    fill_rows(tmp_path, "model.embed_tokens.weight", 18, generator)
+    for layer in range(1, 5):  # so that the tokens choose many experts
+        fill_rows(tmp_path, f"model.layers.{layer}.mlp.gate.weight", 32, generator)
     grown = peak_memory_growth(golden, tmp_path, tmp_path / "out", "--max-new-tokens", "1", prompts=[tokens])
     assert load_recording(tmp_path / "out").entries[0].tokens
-    print(grown)
     assert 0 < grown < 120e6
 
 

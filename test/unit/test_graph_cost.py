@@ -1,6 +1,7 @@
 """Counting of HLO, made by hand, and what is computed and printed from the counts."""
 
 import base64
+import importlib.util
 import json
 
 import pytest
@@ -221,3 +222,11 @@ def test_bad_arguments_are_one_line(capsys, arguments, message):
     assert main(["graph-cost", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_xla") is not None, reason="torch_xla is installed")
+def test_what_is_missing_is_told_in_one_line(capfd):
+    assert main(["graph-cost", "attention,decode,512,1"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1
+    assert "graph-cost needs torch_xla" in error or "no NxDI" in error
