@@ -34,6 +34,7 @@ CONFIG = {field: value for field, value in DEMO_CONFIG.items() if field != "quan
     "num_attention_heads": 64,
     "num_experts_per_tok": 8,
     "num_hidden_layers": 4,
+    "num_key_value_heads": 64,
     "num_nextn_predict_layers": 0,
     "q_lora_rank": 384,
     "qk_nope_head_dim": 128,

@@ -36,7 +36,7 @@ def expanded_attention(
     blocks = []
     for start in range(0, length, rows):
         end = min(start + rows, length)
-        scores = q[:, :, start:end] @ k[:, :, :end].transpose(-1, -2)
+        scores = q[:, :, start:end] @ k[:, :, :end].mT
         mask = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
         blocks.append(_softmax(scores, mask, scale).to(v_BNSV.dtype) @ v_BNSV[:, :, :end])
     return torch.cat(blocks, dim=2)
@@ -63,7 +63,7 @@ def absorbed_attention(
 
     def scores(keys: tuple[Tensor, Tensor]) -> Tensor:
         k_pe, latent = keys
-        return q_latent_BNSR @ latent.transpose(-1, -2) + q_pe_BNSP @ k_pe.transpose(-1, -2)
+        return _shared_matmul(q_latent_BNSR, latent.mT) + _shared_matmul(q_pe_BNSP, k_pe.mT)
 
     cached_scores, active_scores = scores(cached), scores(active)
     if active_mask is None:
@@ -71,11 +71,17 @@ def absorbed_attention(
     mask = torch.cat((cached_mask.expand_as(cached_scores), active_mask.expand_as(active_scores)), dim=-1)
     probs = _softmax(torch.cat((cached_scores, active_scores), dim=-1), mask, scale).to(q_latent_BNSR.dtype)
     length = cached_scores.shape[-1]
-    out_latent_BNSR = probs[..., :length] @ cached[1] + probs[..., length:] @ active[1]
-    return out_latent_BNSR @ w_uv_NVR.transpose(-1, -2)
+    out_latent_BNSR = _shared_matmul(probs[..., :length], cached[1]) + _shared_matmul(probs[..., length:], active[1])
+    return out_latent_BNSR @ w_uv_NVR.mT
+
+
+def _shared_matmul(x_BNSd: Tensor, y_B1de: Tensor) -> Tensor:
+    """x @ y, [B, N, S, e]. As one product for all heads: broadcasting would copy y, a whole cache, for each of them."""
+    return (x_BNSd.flatten(1, 2) @ y_B1de.squeeze(1)).unflatten(1, x_BNSd.shape[1:3])
 
 
 def _softmax(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Overwrites `scores` where it is float32: these are the largest tensors there are."""
+    scores = scores.to(torch.float32).mul_(scale)
     # The lowest finite number, not -inf: a padded query row that sees no key must not turn into NaN.
-    scores = scores.to(torch.float32) * scale
-    return scores.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(dim=-1)
+    return scores.masked_fill_(~mask, torch.finfo(torch.float32).min).softmax(dim=-1)
