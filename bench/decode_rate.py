@@ -1,17 +1,22 @@
 """Decoding and prefill of the embedded runtime against transformers' DeepseekV3ForCausalLM, on the CPU.
 
 Both run the same random float32 weights of a model of a few hundred million parameters with the released head sizes.
-Prints tokens per second, time of the prompt and bytes of the cache at each context, as ratios to transformers, which
-takes the prompt in chunks of 1024 tokens, since the scores of a long one at once would not fit in memory.
+Prints time of the prompt, tokens per second, bytes of the cache and growth of the process's memory at each context, with
+ratios to transformers, which takes the prompt in chunks of 1024 tokens, since the scores of a long one at once would not
+fit in memory. Our cache is allocated before the run, so it is added to our growth.
 
     python bench/decode_rate.py [--contexts 128,2048,8192] [--new-tokens 8]
 """
 
 import argparse
 import gc
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from nxdi_deepseek.modeling_deepseek import (
@@ -57,13 +62,15 @@ def main() -> None:
         parameters = sum(tensor.numel() for tensor in theirs.parameters())
         print(f"{parameters / 1e6:.0f} M parameters, float32, {torch.get_num_threads()} threads")
         print("baseline: transformers DeepseekV3ForCausalLM, DynamicCache, sdpa\n")
-        print(
-            "context   prefill s: theirs   ours  ratio   tokens/s: theirs   ours  ratio   cache MB: theirs  ours  ratio"
-        )
+        columns = ("prefill s", "tokens/s", "cache MB", "peak MB")
+        print("context" + "".join(f"{name + ': theirs':>20} {'ours':>7} {'ratio':>6}" for name in columns))
         for context in map(int, args.contexts.split(",")):
             ours = load_ours(model_dir, context + args.new_tokens + 1)
             prompt = torch.randint(2, CONFIG["vocab_size"], (1, context), generator=torch.Generator().manual_seed(0))
-            rows = run_theirs(theirs, prompt, args.new_tokens), run_ours(ours, prompt, args.new_tokens)
+            rows = [
+                with_peak_memory(run_theirs, theirs, prompt, args.new_tokens),
+                with_peak_memory(run_ours, ours, prompt, args.new_tokens),
+            ]
             print(format_row(context, *rows))
             del ours
             gc.collect()
@@ -120,12 +127,40 @@ def measure(step: Callable[[torch.Tensor], torch.Tensor], prompt: torch.Tensor, 
     return prefill, (time.perf_counter() - start) / tokens
 
 
-def format_row(context: int, theirs: tuple[float, float, int], ours: tuple[float, float, int]) -> str:
-    prefill, rate, cache = (theirs[i] / ours[i] for i in range(3))
-    return (
-        f"{context:>7} {theirs[0]:>18.2f} {ours[0]:>6.2f} {prefill:>6.2f} {1 / theirs[1]:>18.2f} {1 / ours[1]:>6.2f} "
-        f"{rate:>6.2f} {theirs[2] / 1e6:>18.1f} {ours[2] / 1e6:>5.1f} {cache:>6.1f}"
-    )
+def with_peak_memory(run: Callable[..., tuple[float, float, int]], *args: Any) -> tuple[float, float, int, int]:
+    """run(*args), and by how many bytes the process's resident memory grew at most meanwhile."""
+    gc.collect()
+    before, peak, done = resident_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, resident_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = run(*args)
+    finally:
+        done.set()
+        watcher.join()
+    return *result, peak
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def format_row(context: int, theirs: tuple[float, float, int, int], ours: tuple[float, float, int, int]) -> str:
+    """Ratios: how many times longer, slower or larger theirs is."""
+    ours_peak = ours[3] + ours[2]
+    columns = [
+        (theirs[0], ours[0], theirs[0] / ours[0]),
+        (1 / theirs[1], 1 / ours[1], theirs[1] / ours[1]),
+        (theirs[2] / 1e6, ours[2] / 1e6, theirs[2] / ours[2]),
+        (theirs[3] / 1e6, ours_peak / 1e6, theirs[3] / ours_peak),
+    ]
+    return f"{context:>7}" + "".join(f"{a:>20.2f} {b:>7.2f} {ratio:>6.2f}" for a, b, ratio in columns)
 
 
 if __name__ == "__main__":
