@@ -1,9 +1,9 @@
 """Decoding and prefill of the embedded runtime against transformers' DeepseekV3ForCausalLM, on the CPU.
 
 Both run the same random float32 weights of a model of a few hundred million parameters with the released head sizes.
-Prints time of the prompt, tokens per second, bytes of the cache and growth of the process's memory at each context, with
-ratios to transformers, which takes the prompt in chunks of 1024 tokens, since the scores of a long one at once would not
-fit in memory. Our cache is allocated before the run, so it is added to our growth.
+Prints time of the prompt, tokens per second, bytes of the cache and growth of the process's memory at each context,
+with ratios to transformers, which takes the prompt in chunks of 1024 tokens, since the scores of a long one at once
+would not fit in memory. Our cache is allocated before the run, so it is added to our growth.
 
     python bench/decode_rate.py [--contexts 128,2048,8192] [--new-tokens 8]
 """
