@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
-from .files import sync_folder
+from .files import PARTIAL_SUFFIX, sync_folder
 
 _REMEDY = "run without --resume to start over"
 
@@ -23,10 +23,13 @@ class Journal:
         self.done = np.zeros(units, np.bool_)
 
     def create(self) -> None:
-        with self.path.open("w", encoding="utf-8") as file:
+        """Appears with its first line or not at all, so that a run killed here can be resumed as one not yet begun."""
+        partial = self.path.with_name(self.path.name + PARTIAL_SUFFIX)
+        with partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps(self.identity | {"ranks": self.ranks}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        os.replace(partial, self.path)
         sync_folder(self.path.parent)
 
     def load(self) -> None:

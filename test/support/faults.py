@@ -31,11 +31,11 @@ def kill_after(seconds, *args):
     """Runs shard_eagerly and kills it. True if it was still running."""
     process = start(shard_eagerly, *args)
     process.join(seconds)
-    alive = process.is_alive()
-    if alive:
-        os.kill(process.pid, signal.SIGKILL)
+    if process.is_alive():
+        with contextlib.suppress(ProcessLookupError):  # it may end just now
+            os.kill(process.pid, signal.SIGKILL)
     process.join()
-    return alive
+    return process.exitcode == -signal.SIGKILL
 
 
 def shard_with_file_limit(model_dir, out_dir, tp_degree, limit, connection):

@@ -72,8 +72,6 @@ def load_model(model_dir, **neuron):
 
         nxdi.init_cpu_parallel(model.neuron_config.tp_degree)
     model.to_cpu()
-    if backend.NAME == "nxdi":
-        nxdi.follow_buckets(model)
     return model
 
 

@@ -6,9 +6,10 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from nxdi_deepseek.checkpoint import planned_file, sharder
+from nxdi_deepseek.checkpoint import journal, planned_file, sharder
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.checkpoint.verify import verify_shards
 from nxdi_deepseek.cli import main
@@ -90,6 +91,18 @@ def test_killed_again_and_again(checkpoint, expected, folder):
     # The last call of the callback comes when the files have their names.
     assert done == sorted(done)
     assert len(done) > 20
+    shard_checkpoint(checkpoint, folder, TP_DEGREE, resume=True)
+    assert contents(folder) == expected
+
+
+def test_killed_before_the_journal_is_whole(checkpoint, expected, folder, monkeypatch):
+    def crash(value):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "json", SimpleNamespace(dumps=crash))
+        with pytest.raises(KeyboardInterrupt):
+            shard_checkpoint(checkpoint, folder, TP_DEGREE)
     shard_checkpoint(checkpoint, folder, TP_DEGREE, resume=True)
     assert contents(folder) == expected
 
