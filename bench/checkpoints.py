@@ -8,7 +8,7 @@ import torch
 from nxdi_deepseek.checkpoint.fp8 import SCALE_SUFFIX, scale_shape
 from nxdi_deepseek.checkpoint.layout import model_layout
 from nxdi_deepseek.checkpoint.reader import INDEX_FILE
-from nxdi_deepseek.config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig
+from nxdi_deepseek.model_config import read_model_config
 from nxdi_deepseek.synthetic import RELEASED_CONFIG as RELEASED
 from safetensors.torch import save_file
 
@@ -31,7 +31,7 @@ _BLOCK = (128, 128)
 
 def sources(fields):
     """(name, shape, whether it is FP8) of every weight."""
-    config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), **fields)
+    config = read_model_config(fields)
     for spec in model_layout(config):
         for source in spec.sources:
             yield source.name, source.shape, source.name.endswith(("_proj.weight", "_with_mqa.weight"))

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from checkpoints import ONE_LAYER, write_random
 from nxdi_deepseek.checkpoint.layout import model_layout
-from nxdi_deepseek.checkpoint.plan import ShardPlan, sharding_config
+from nxdi_deepseek.checkpoint.plan import make_plans
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
+from nxdi_deepseek.model_config import load_model_config
 from safetensors.torch import load_file, save_file
 
 TP_DEGREE = 64
@@ -27,7 +28,7 @@ TP_DEGREE = 64
 
 def straightforward(model_dir, out_dir):
     """Everything in memory, a torch operation per step: load, weight.to(float32) * scale, fuse, split, save."""
-    config = sharding_config(model_dir, TP_DEGREE, "bfloat16")
+    config = load_model_config(model_dir)
     stored = {}
     for file in sorted(Path(model_dir).glob("*.safetensors")):
         stored.update(load_file(file))
@@ -90,7 +91,8 @@ def main():
         print(
             f"{args.experts} experts of {fields['hidden_size']}x{fields['moe_intermediate_size']}, {size / 1e9:.2f} GB"
         )
-        file_bytes = ShardPlan(sharding_config(source, TP_DEGREE, "bfloat16"), folder).file_bytes
+        (plan,) = make_plans(load_model_config(source), folder, TP_DEGREE, "bfloat16")
+        file_bytes = plan.file_bytes
         before = plain_write(Path(folder), TP_DEGREE, file_bytes)
 
         out = Path(folder) / "out"

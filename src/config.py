@@ -1,18 +1,15 @@
-"""Configuration of the DeepSeek-V3 family: Hugging Face's config.json plus NxDI's NeuronConfig."""
+"""How the model runs: NxDI's NeuronConfig with what this model needs, and the NxDI config that holds a ModelConfig."""
 
 import importlib
-import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import backend
+from .dtypes import BY_TORCH
 from .errors import ConfigError
-from .rope_util import YarnScaling
-
-SUPPORTED_MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+from .model_config import ModelConfig, load_model_config, read_config_json, read_model_config
 
 # NeuronConfig fields that this model does not implement: the only value that works, and what to do about it.
 _UNSUPPORTED = {
@@ -26,6 +23,7 @@ _UNSUPPORTED = {
     "attention_dp_degree": (1, "attention data parallelism is not implemented"),
     "ep_degree": (1, "use tensor parallelism only"),
     "moe_ep_degree": (1, "use tensor parallelism only"),
+    "hybrid_sharding_config": (None, "it holds the experts twice, which does not fit; leave it unset"),
     "pp_degree": (1, "use tensor parallelism only"),
     "is_medusa": (False, "speculation is not implemented"),
     "speculation_length": (0, "speculation is not implemented"),
@@ -40,10 +38,12 @@ _UNSUPPORTED = {
     "fused_qkv": (False, "leave it off; the down-projections are always fused"),
     "quantized": (False, "FP8 checkpoints are dequantized while loading"),
 }
-
-# Written by Hugging Face and by the released checkpoints, under either name.
-_ROPE_TYPE_KEYS = ("type", "rope_type")
-_YARN_KEYS = tuple(YarnScaling.__dataclass_fields__)
+# Classes that NxDI saves by name in neuron_config.json are restored from these packages only.
+_TRUSTED_PACKAGES = ("neuronx_distributed", "neuronx_distributed_inference", "neuronxcc", "nki", "nkilib")
+# Fields of ModelConfig that config.json has in another form.
+_OTHER_FORM_IN_JSON = ("rope_theta", "rope_scaling", "quantization", "dtype", "eos_token_id")
+# What NxDI asks of a config and a config.json may leave out.
+_ASKED_BY_NXDI = {"hidden_act": "silu", "output_attentions": False, "output_hidden_states": False}
 
 
 class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
@@ -66,12 +66,12 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
             raise ConfigError(f"neuron_config: {error}") from error
 
 
-def _from_saved(fields: dict[str, Any]) -> dict[str, Any]:
+def _from_saved(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What NxDI's constructors take, where its neuron_config.json holds something else."""
-    fields = {name: _restore_enums(value) for name, value in fields.items()}
-    if "normalize_top_k_affinities" in fields:
-        fields["disable_normalize_top_k_affinities"] = not fields.pop("normalize_top_k_affinities")
-    return fields
+    kwargs = {name: _restore_enums(value) for name, value in kwargs.items()}
+    if "normalize_top_k_affinities" in kwargs:
+        kwargs["disable_normalize_top_k_affinities"] = not kwargs.pop("normalize_top_k_affinities")
+    return kwargs
 
 
 def _restore_enums(value: Any) -> Any:
@@ -79,115 +79,50 @@ def _restore_enums(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "_name_" in value:
-        owner = value["__objclass__"]
-        return getattr(importlib.import_module(owner["__module__"]), owner["__name__"])[value["_name_"]]
+        return _saved_class(value)[value["_name_"]]
     return {name: _restore_enums(item) for name, item in value.items()}
 
 
+def _saved_class(value: dict[str, Any]) -> Any:
+    try:
+        module, name = value["__objclass__"]["__module__"], value["__objclass__"]["__name__"]
+        if module.partition(".")[0] not in _TRUSTED_PACKAGES:
+            raise ConfigError(f"neuron_config.json names the class {module}.{name}, which is none of NxDI's; remove it")
+        return getattr(importlib.import_module(module), name)
+    except (KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ConfigError(f"neuron_config.json: {value} names no class that is installed ({error!r})") from None
+
+
 class DeepseekV3InferenceConfig(backend.InferenceConfig):
-    """Model config with Hugging Face's field names, checked against what the model implements.
+    """NxDI's config: the fields of config.json as attributes, checked against what the model implements.
 
     Build it with `load_config=load_pretrained_config(MODEL_DIR)` (this module's, or NxDI's).
     Raises ConfigError naming the field and the remedy.
     """
 
-    def get_required_attributes(self) -> list[str]:
-        return [
-            "hidden_size",
-            "intermediate_size",
-            "kv_lora_rank",
-            "moe_intermediate_size",
-            "n_routed_experts",
-            "num_attention_heads",
-            "num_experts_per_tok",
-            "num_hidden_layers",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "rms_norm_eps",
-            "v_head_dim",
-            "vocab_size",
-        ]
+    @property
+    def model(self) -> ModelConfig:
+        """The fields as they are now, checked and typed: what the modules, the layout and the sharder read."""
+        return read_model_config(self.__dict__)
 
     @classmethod
     def get_neuron_config_cls(cls) -> type[DeepseekV3NeuronConfig]:
         return DeepseekV3NeuronConfig
 
     def add_derived_config(self) -> None:
-        """Fills fields that older config files leave out, with the defaults of the released modeling code."""
+        """Gives NxDI, which reads attributes, what it asks for: checked values, and those that a file may leave out."""
         self.num_cores_per_group = 1
-        defaults = {
-            "attention_bias": False,
-            "first_k_dense_replace": 0,
-            "hidden_act": "silu",
-            "max_position_embeddings": 163840,
-            "moe_layer_freq": 1,
-            "n_group": 1,
-            "n_shared_experts": 0,
-            "norm_topk_prob": True,
-            "num_nextn_predict_layers": 0,
-            "output_attentions": False,  # asked for by NxDI's forward, as is the next
-            "output_hidden_states": False,
-            "pad_token_id": 0,
-            "q_lora_rank": None,
-            "routed_scaling_factor": 1.0,
-            "scoring_func": "sigmoid",
-            "tie_word_embeddings": False,
-            "topk_group": 1,
-            "topk_method": "noaux_tc",
-        }
-        for name, value in defaults.items():
-            if not hasattr(self, name):
+        model = self.model
+        for field in fields(model):
+            if field.name not in _OTHER_FORM_IN_JSON:
+                setattr(self, field.name, getattr(model, field.name))
+        for name, value in _ASKED_BY_NXDI.items():
+            if getattr(self, name, None) is None:
                 setattr(self, name, value)
-        if self.pad_token_id is None:
-            self.pad_token_id = 0
-        self.n_shared_experts = self.n_shared_experts or 0
 
     def validate_config(self) -> None:
-        missing = [name for name in self.get_required_attributes() if getattr(self, name, None) is None]
-        if missing:
-            raise ConfigError(f"config.json: missing {', '.join(missing)}; is this a DeepSeek-V3 checkpoint?")
-        self._validate_model()
-        self._validate_tensor_parallel()
+        self.model.check_tensor_parallel(self.neuron_config.tp_degree)
         self._validate_neuron_config()
-
-    def _validate_model(self) -> None:
-        expect = {
-            "model_type": (getattr(self, "model_type", "deepseek_v3"), SUPPORTED_MODEL_TYPES),
-            "topk_method": (self.topk_method, ("noaux_tc",)),
-            "scoring_func": (self.scoring_func, ("sigmoid",)),
-            "hidden_act": (self.hidden_act, ("silu",)),
-        }
-        for field, (value, allowed) in expect.items():
-            if value not in allowed:
-                raise ConfigError(f"config.json: {field} {value!r} is not supported; supported: {', '.join(allowed)}")
-        if self.n_routed_experts % self.n_group:
-            raise ConfigError(f"config.json: n_group {self.n_group} does not divide {self.n_routed_experts} experts")
-        per_group = self.n_routed_experts // self.n_group
-        if self.n_group > 1 and per_group < 2:
-            raise ConfigError(f"config.json: n_group {self.n_group} leaves one expert per group; 2 are needed")
-        if not 0 < self.topk_group <= self.n_group:
-            raise ConfigError(f"config.json: topk_group {self.topk_group} is not in 1..n_group {self.n_group}")
-        eligible = self.topk_group * per_group
-        if not 0 < self.num_experts_per_tok <= eligible:
-            raise ConfigError(
-                f"config.json: num_experts_per_tok {self.num_experts_per_tok} is not in 1..{eligible}, the experts "
-                "that topk_group leaves to choose from"
-            )
-        self.rope_theta_and_scaling()
-
-    def _validate_tensor_parallel(self) -> None:
-        tp = self.neuron_config.tp_degree
-        sizes = {
-            "num_attention_heads": self.num_attention_heads,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "moe_intermediate_size": self.moe_intermediate_size,
-            "vocab_size": self.vocab_size,
-            "q_lora_rank + kv_lora_rank + qk_rope_head_dim": self.latent_size,
-        }
-        bad = [f"{name} {size}" for name, size in sizes.items() if size % tp]
-        if bad:
-            raise ConfigError(f"tp_degree {tp} does not divide {', '.join(bad)}; choose a tp_degree that does")
 
     def _validate_neuron_config(self) -> None:
         neuron_config = self.neuron_config
@@ -229,50 +164,6 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
                 f"neuron_config: {field} end at {max(buckets)}, {longest_field} is {longest}; add a bucket of {longest}"
             )
 
-    def is_moe_layer(self, layer: int) -> bool:
-        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
-
-    @property
-    def latent_size(self) -> int:
-        """Rows of the fused down-projection: query latent (if any), key/value latent, rotary key."""
-        return (self.q_lora_rank or 0) + self.kv_lora_rank + self.qk_rope_head_dim
-
-    @property
-    def softmax_scale(self) -> float:
-        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
-        _, scaling = self.rope_theta_and_scaling()
-        return scale if scaling is None else scale * scaling.softmax_factor
-
-    def rope_theta_and_scaling(self) -> tuple[float, YarnScaling | None]:
-        """Reads `rope_theta` and `rope_scaling`, or the `rope_parameters` that transformers 5 makes of the two."""
-        fields = dict(getattr(self, "rope_parameters", None) or getattr(self, "rope_scaling", None) or {})
-        theta = float(fields.pop("rope_theta", None) or getattr(self, "rope_theta", 10000.0))
-        kinds = {fields.pop(key) for key in _ROPE_TYPE_KEYS if key in fields}
-        if kinds - {"yarn", "default", None}:
-            raise ConfigError(f"config.json: rope_scaling type {kinds} is not supported; supported: yarn")
-        if "yarn" not in kinds or fields.get("factor") is None:
-            return theta, None
-        unknown = [key for key in fields if key not in _YARN_KEYS and fields[key] is not None]
-        if unknown:
-            raise ConfigError(f"config.json: rope_scaling has unsupported fields {', '.join(unknown)}; remove them")
-        fields = {key: value for key, value in fields.items() if value is not None}
-        fields.setdefault("original_max_position_embeddings", self.max_position_embeddings)
-        return theta, YarnScaling(**{key: fields[key] for key in _YARN_KEYS if key in fields})
-
-
-def read_config_json(model_dir: str | Path) -> dict[str, Any]:
-    """The config.json of a checkpoint folder. Raises ConfigError when it is missing or not a JSON object."""
-    path = Path(model_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the folder of a Hugging Face checkpoint") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: holds no JSON object; download it again")
-    return config
-
 
 def load_pretrained_config(model_dir: str | Path) -> Callable[[DeepseekV3InferenceConfig], None]:
     """A `load_config` hook that reads config.json itself.
@@ -282,11 +173,11 @@ def load_pretrained_config(model_dir: str | Path) -> Callable[[DeepseekV3Inferen
     """
 
     def load_config(self: DeepseekV3InferenceConfig) -> None:
-        fields = read_config_json(model_dir)
-        dtype = fields.pop("torch_dtype", None) or fields.pop("dtype", None)
+        dtype = load_model_config(model_dir).dtype
         if dtype is not None and not self.neuron_config.overrides_torch_dtype:
-            self.neuron_config.torch_dtype = getattr(torch, str(dtype).removeprefix("torch."))
-        self.__dict__.update(fields)
+            self.neuron_config.torch_dtype = BY_TORCH[dtype].to_torch()
+        found = read_config_json(model_dir)
+        self.__dict__.update((name, value) for name, value in found.items() if name not in ("torch_dtype", "dtype"))
         self._name_or_path = str(model_dir)
 
     return load_config

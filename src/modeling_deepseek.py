@@ -7,22 +7,21 @@ Shape suffixes: B batch, S query length, L cached length, H hidden, N heads on t
 P qk_rope_head_dim, V v_head_dim, R kv_lora_rank, E routed experts, K experts per token, T = B * S.
 """
 
-import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backend
-from .checkpoint.convert import StateDictSource, neuron_state_dict
-from .checkpoint.reader import CheckpointReader
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
-from .errors import ConfigError
 from .mla import absorbed_attention, expanded_attention
 from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
-from .routing import expert_weights, select_experts
+from .routing import SCORING, expert_weights, select_experts
+
+if TYPE_CHECKING:
+    from .application import NeuronDeepseekV3ForCausalLM
 
 __all__ = [
     "DeepseekV3InferenceConfig",
@@ -52,8 +51,8 @@ class LatentKVCacheManager(backend.KVCacheManager):
         neuron_config = config.neuron_config
         self.padded_layer_ids = []
         slots = (neuron_config.kv_cache_batch_size, 1, neuron_config.max_length)
-        self.k_shape = (*slots, config.qk_rope_head_dim)
-        self.v_shape = (*slots, config.kv_lora_rank)
+        self.k_shape = (*slots, config.model.qk_rope_head_dim)
+        self.v_shape = (*slots, config.model.kv_lora_rank)
 
 
 def _row_parallel(config: DeepseekV3InferenceConfig, input_size: int, bias: bool) -> nn.Module:
@@ -61,7 +60,7 @@ def _row_parallel(config: DeepseekV3InferenceConfig, input_size: int, bias: bool
     neuron_config = config.neuron_config
     return backend.RowParallelLinear(
         input_size,
-        config.hidden_size,
+        config.model.hidden_size,
         bias=bias,
         input_is_parallel=True,
         dtype=neuron_config.torch_dtype,
@@ -80,29 +79,29 @@ class DeepseekV3Attention(nn.Module):
 
     def __init__(self, config: DeepseekV3InferenceConfig):
         super().__init__()
-        neuron_config = config.neuron_config
-        self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
-        self.nope_dim, self.rope_dim, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.num_heads = config.num_attention_heads // neuron_config.tp_degree
-        self.softmax_scale = config.softmax_scale
+        model, neuron_config = config.model, config.neuron_config
+        self.q_lora_rank, self.kv_lora_rank = model.q_lora_rank, model.kv_lora_rank
+        self.nope_dim, self.rope_dim, self.v_dim = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
+        self.num_heads = model.num_attention_heads // neuron_config.tp_degree
+        self.softmax_scale = model.softmax_scale
         self.sequence_parallel = neuron_config.sequence_parallel_enabled
 
-        heads, dtype = config.num_attention_heads, neuron_config.torch_dtype
+        heads, dtype = model.num_attention_heads, neuron_config.torch_dtype
         column = {"bias": False, "gather_output": False, "dtype": dtype}
         norm = backend.rmsnorm_cls()
         self.qkv_a_proj = backend.ColumnParallelLinear(
-            config.hidden_size, config.latent_size, bias=config.attention_bias, gather_output=True, dtype=dtype
+            model.hidden_size, model.latent_size, bias=model.attention_bias, gather_output=True, dtype=dtype
         )
         q_size = heads * (self.nope_dim + self.rope_dim)
         if self.q_lora_rank is None:
-            self.q_proj = backend.ColumnParallelLinear(config.hidden_size, q_size, **column)
+            self.q_proj = backend.ColumnParallelLinear(model.hidden_size, q_size, **column)
         else:
             self.q_a_layernorm = norm(self.q_lora_rank, eps=LATENT_NORM_EPS)
             self.q_b_proj = backend.ColumnParallelLinear(self.q_lora_rank, q_size, **column)
         self.kv_a_layernorm = norm(self.kv_lora_rank, eps=LATENT_NORM_EPS)
         self.kv_b_proj = backend.ColumnParallelLinear(self.kv_lora_rank, heads * (self.nope_dim + self.v_dim), **column)
-        self.o_proj = _row_parallel(config, heads * self.v_dim, bias=config.attention_bias)
-        self.rotary_emb = DeepseekV3RotaryEmbedding(self.rope_dim, *config.rope_theta_and_scaling())
+        self.o_proj = _row_parallel(config, heads * self.v_dim, bias=model.attention_bias)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(self.rope_dim, model.rope_theta, model.rope_scaling)
 
     def forward(
         self,
@@ -158,7 +157,7 @@ class DeepseekV3Attention(nn.Module):
 
 
 class DeepseekV3Router(nn.Module):
-    """Group-limited sigmoid router, in float32 from the logits on.
+    """Group-limited router, in float32 from the logits on.
 
     Has the attributes that NxD's MoE module asks of a router.
     """
@@ -167,23 +166,25 @@ class DeepseekV3Router(nn.Module):
 
     def __init__(self, config: DeepseekV3InferenceConfig):
         super().__init__()
+        model, dtype = config.model, config.neuron_config.torch_dtype
         self.sequence_parallel_enabled = config.neuron_config.sequence_parallel_enabled
-        self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
-        self.hidden_size = config.hidden_size
-        self.n_group, self.topk_group = config.n_group, config.topk_group
-        self.norm_topk_prob, self.routed_scaling_factor = config.norm_topk_prob, config.routed_scaling_factor
-        self.linear_router = nn.Linear(
-            config.hidden_size, config.n_routed_experts, bias=False, dtype=config.neuron_config.torch_dtype
-        )
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(config.n_routed_experts), requires_grad=False)
+        self.num_experts, self.top_k = model.n_routed_experts, model.num_experts_per_tok
+        self.hidden_size = model.hidden_size
+        self.scoring, self.grouping = SCORING[model.member.scoring], model.member.grouping
+        self.n_group, self.topk_group = model.n_group, model.topk_group
+        self.norm_topk_prob, self.routed_scaling_factor = model.norm_topk_prob, model.routed_scaling_factor
+        self.linear_router = nn.Linear(self.hidden_size, self.num_experts, bias=False, dtype=dtype)
+        self.e_score_correction_bias = nn.Parameter(torch.zeros(self.num_experts), requires_grad=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [B, S, H]. Returns float32 logits [T, E]; the final mixing weights [T, E], normalised, scaled
         and zero for experts not chosen, in the dtype of hidden_states; the chosen experts, int64 [T, K]."""
         tokens_TH = hidden_states.flatten(0, -2)
         logits_TE = F.linear(tokens_TH.to(torch.float32), self.linear_router.weight.to(torch.float32))
-        scores_TE = logits_TE.sigmoid()
-        index_TK = select_experts(scores_TE, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group)
+        scores_TE = self.scoring(logits_TE)
+        index_TK = select_experts(
+            scores_TE, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group, self.grouping
+        )
         weights_TE = expert_weights(scores_TE, index_TK, self.norm_topk_prob, self.routed_scaling_factor)
         return logits_TE, weights_TE.to(hidden_states.dtype), index_TK
 
@@ -204,7 +205,8 @@ class DeepseekV3DenseMLP(nn.Module):
 
     def __init__(self, config: DeepseekV3InferenceConfig):
         super().__init__()
-        hidden, intermediate, neuron_config = config.hidden_size, config.intermediate_size, config.neuron_config
+        model, neuron_config = config.model, config.neuron_config
+        hidden, intermediate = model.hidden_size, model.intermediate_size
         column = {"bias": False, "gather_output": False, "dtype": neuron_config.torch_dtype}
         self.gate_proj = backend.ColumnParallelLinear(hidden, intermediate, **column)
         self.up_proj = backend.ColumnParallelLinear(hidden, intermediate, **column)
@@ -222,11 +224,11 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
 
     def __init__(self, config: DeepseekV3InferenceConfig, layer_idx: int):
         super().__init__()
-        norm = backend.rmsnorm_cls()
-        self.input_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
+        model, norm = config.model, backend.rmsnorm_cls()
+        self.input_layernorm = norm(model.hidden_size, eps=model.rms_norm_eps)
         self.self_attn = DeepseekV3Attention(config)
-        self.post_attention_layernorm = norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.is_moe = config.is_moe_layer(layer_idx)
+        self.post_attention_layernorm = norm(model.hidden_size, eps=model.rms_norm_eps)
+        self.is_moe = model.has_experts(layer_idx)
         self.mlp = backend.build_moe(config, DeepseekV3Router(config)) if self.is_moe else DeepseekV3DenseMLP(config)
 
     def forward(
@@ -264,23 +266,24 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         neuron_config = config.neuron_config
         self.on_device_sampling = neuron_config.on_device_sampling_config is not None
         self.tp_degree = neuron_config.tp_degree
-        self.hidden_size = config.hidden_size
-        self.num_attention_heads = config.num_attention_heads
+        self.hidden_size = config.model.hidden_size
+        self.num_attention_heads = config.model.num_attention_heads
         self.num_key_value_heads = 1  # the latent
         self.max_batch_size = neuron_config.max_batch_size
         self.buckets = getattr(neuron_config, "buckets", None)
 
     def init_model(self, config: DeepseekV3InferenceConfig) -> None:
-        dtype = config.neuron_config.torch_dtype
+        model, dtype = config.model, config.neuron_config.torch_dtype
+        hidden, vocab = model.hidden_size, model.vocab_size
         self.embed_tokens = backend.ParallelEmbedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id, dtype=dtype, shard_across_embedding=True
+            vocab, hidden, model.pad_token_id, dtype=dtype, shard_across_embedding=True
         )
         self.layers = nn.ModuleList(
-            NeuronDeepseekV3DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+            NeuronDeepseekV3DecoderLayer(config, layer) for layer in range(model.num_hidden_layers)
         )
-        self.norm = backend.rmsnorm_cls()(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = backend.rmsnorm_cls()(hidden, eps=model.rms_norm_eps)
         self.lm_head = backend.ColumnParallelLinear(
-            config.hidden_size, config.vocab_size, bias=False, gather_output=not self.on_device_sampling, dtype=dtype
+            hidden, vocab, bias=False, gather_output=not self.on_device_sampling, dtype=dtype
         )
 
     def init_inference_optimization(self, config: DeepseekV3InferenceConfig) -> None:
@@ -298,165 +301,10 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         return super().forward(input_ids, attention_mask, position_ids, *args, **kw)
 
 
-class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
-    """The causal LM that NxDI compiles, loads and runs."""
+def __getattr__(name: str) -> Any:
+    """The causal LM, which builds on this file."""
+    if name == "NeuronDeepseekV3ForCausalLM":
+        from .application import NeuronDeepseekV3ForCausalLM
 
-    _model_cls = NeuronDeepseekV3Model
-
-    @classmethod
-    def get_config_cls(cls) -> type[DeepseekV3InferenceConfig]:
-        return DeepseekV3InferenceConfig
-
-    @classmethod
-    def get_state_dict(cls, model_name_or_path: str, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
-        """The model's unsharded state dict, read from a checkpoint folder one tensor at a time."""
-        return neuron_state_dict(CheckpointReader(model_name_or_path), config)
-
-    @staticmethod
-    def convert_hf_to_neuron_state_dict(
-        state_dict: dict[str, Tensor], config: DeepseekV3InferenceConfig
-    ) -> dict[str, Tensor]:
-        """The same from a Hugging Face state dict in memory, with or without the `model.` prefix.
-
-        FP8 blocks are dequantized to torch_dtype, q_a and kv_a are joined, experts fused to [E, H, 2I] and [E, I, H],
-        the router's bias stays float32, rank tensors are added, MTP layers left out. Raises CheckpointError.
-        """
-        return neuron_state_dict(StateDictSource(state_dict), config)
-
-    def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
-        """As the base class's, for cache slots in any order. Raises ConfigError when batch or prompt are too large.
-
-        NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says. And
-        where it is to infer the mask, that of a prompt of one token comes out empty.
-        """
-        self._check_request(input_ids)
-        positions = inputs.get("position_ids")
-        if inputs.get("attention_mask") is None and positions is not None and not positions.any():
-            inputs["attention_mask"] = torch.ones_like(positions)
-        if seq_ids is None or (seq_ids.diff() > 0).all():
-            return super().forward(input_ids=input_ids, seq_ids=seq_ids, **inputs)
-        order = seq_ids.argsort()
-
-        def reorder(value: Any, by: Tensor) -> Any:
-            return value[by] if isinstance(value, Tensor) and len(value) == len(by) else value
-
-        inputs = {name: reorder(value, order) for name, value in inputs.items()}
-        output = super().forward(input_ids=input_ids[order], seq_ids=seq_ids[order], **inputs)
-        for name, value in output.items():
-            output[name] = reorder(value, order.argsort())
-        return output
-
-    def _check_request(self, input_ids: Tensor) -> None:
-        """NxDI fails on these too, with an index error or deep in its wrappers."""
-        (batch, length), neuron_config = input_ids.shape, self.neuron_config
-        if batch > neuron_config.max_batch_size:
-            raise ConfigError(
-                f"batch of {batch} sequences exceeds batch_size {neuron_config.max_batch_size} of the NeuronConfig; "
-                "raise it or send fewer"
-            )
-        longest, truncates = neuron_config.max_context_length, getattr(neuron_config, "allow_input_truncation", False)
-        if length > longest and not truncates:
-            raise ConfigError(f"prompt of {length} tokens exceeds max_context_length {longest}; raise it or shorten it")
-
-    def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
-        """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later."""
-        if self._runs_on_neuron():
-            super().compile(compiled_model_path, *args, **kwargs)
-        else:
-            self.config.save(compiled_model_path)
-
-    def load(self, *args: Any, **kwargs: Any) -> None:
-        """As NxDI's; with `on_cpu` in the NeuronConfig, NxDI's CPU mode."""
-        if backend.NAME == "nxdi" and not self._runs_on_neuron():
-            self.to_cpu()
-        else:
-            super().load(*args, **kwargs)
-
-    def to_cpu(self) -> None:
-        """As NxDI's CPU mode, with buckets, which need a model that knows the length of each."""
-        if backend.NAME == "nxdi" and "WORLD_SIZE" not in os.environ:
-            self._check_processes()
-        super().to_cpu()
-        for model in {wrapper.model for wrapper in getattr(self, "models", ())}:
-            model.register_forward_pre_hook(_follow_bucket)
-
-    def _runs_on_neuron(self) -> bool:
-        return backend.NAME == "nxdi" and not self.neuron_config.on_cpu
-
-    def _check_processes(self) -> None:
-        """NxD would quietly take the number of processes for the tensor-parallel degree."""
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        tp_degree = self.neuron_config.tp_degree
-        if processes != tp_degree:
-            raise ConfigError(
-                f"neuron_config: tp_degree {tp_degree} needs as many processes on the CPU, and has {processes}; "
-                f"set tp_degree to {processes}, or use torchrun"
-            )
-
-    @classmethod
-    def save_quantized_state_dict(cls, model_path: str, config: DeepseekV3InferenceConfig) -> None:
-        """Refuses, where NxDI's own would load the Hugging Face model into memory and quantize it there."""
-        raise ConfigError("neuron_config: quantized=True is not supported; FP8 weights are dequantized while loading")
-
-    @staticmethod
-    def load_hf_model(model_path: str) -> nn.Module:
-        """Hugging Face's model in float32, the judge of NxDI's accuracy checks. Raises ConfigError where it is too
-        large for this machine."""
-        from .reference import hugging_face_model
-
-        return hugging_face_model(model_path)
-
-    def checkpoint_loader_fn(self, mmap: bool = False) -> dict[str, Tensor]:
-        """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
-        return self.get_state_dict(self._checkpoint_dir(), self.config)
-
-    def shard_weights(
-        self, compiled_model_path: str, debug: bool = False, pre_shard_weights_hook: Callable[..., None] | None = None
-    ) -> None:
-        """Writes the files that NxDI's own writes, but streamed: NxDI holds all ranks in memory at once.
-
-        Files of the same sharding that are there already, of `nxdi-deepseek shard` or an earlier compile(), are kept.
-        """
-        from .checkpoint.sharder import shard_checkpoint
-
-        neuron_config = self.neuron_config
-        if neuron_config.skip_sharding or not neuron_config.save_sharded_checkpoint:
-            return
-        if pre_shard_weights_hook:
-            pre_shard_weights_hook(self)
-        dtype = str(neuron_config.torch_dtype).removeprefix("torch.")
-        ranks = range(neuron_config.start_rank_id, neuron_config.start_rank_id + neuron_config.local_ranks_size)
-        tp_degree = neuron_config.tp_degree
-        shard_checkpoint(self._checkpoint_dir(), compiled_model_path, tp_degree, dtype, ranks=ranks, resume=True)
-
-    def _checkpoint_dir(self) -> str:
-        """The checkpoint that the config was read from: a model can be built from its compiled folder alone."""
-        path = getattr(self.config, "_name_or_path", None)
-        return path if path and os.path.isdir(path) else self.model_path
-
-    @staticmethod
-    def update_state_dict_for_tied_weights(state_dict: dict[str, Tensor]) -> None:
-        """Nothing to do: the layout gives a tied head the embedding's weight."""
-
-    def get_compiler_args(self) -> str:
-        """neuronx-cc options: a transformer for trn2, numbers left in the dtype that the model gives them."""
-        neuron_config = self.neuron_config
-        options = [
-            "--model-type=transformer",
-            "-O1",
-            "--auto-cast=none",
-            "--enable-saturate-infinity",
-            "--enable-mixed-precision-accumulation",
-            f"--lnc={neuron_config.logical_nc_config}",
-            f"--tensorizer-options='--enable-ccop-compute-overlap "
-            f"--cc-pipeline-tiling-factor={neuron_config.cc_pipeline_tiling_factor}'",
-            "--internal-enable-dge-levels vector_dynamic_offsets",
-        ]
-        if neuron_config.scratchpad_page_size:
-            options.append(f"--hbm-scratchpad-page-size={neuron_config.scratchpad_page_size}")
-        return " ".join(options)
-
-
-def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:
-    """Tracing sets n_positions to each bucket's length; NxDI's CPU mode leaves it at seq_len."""
-    model.n_positions = args[1].shape[1]  # the attention mask
+        return NeuronDeepseekV3ForCausalLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

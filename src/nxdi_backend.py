@@ -35,8 +35,8 @@ def build_moe(config: Any, router: nn.Module) -> nn.Module:
     moe_config = copy.copy(config)
     moe_config.neuron_config = copy.copy(config.neuron_config)
     moe_config.neuron_config.normalize_top_k_affinities = False
-    moe_config.num_local_experts = config.n_routed_experts
-    moe_config.intermediate_size = config.moe_intermediate_size
+    moe_config.num_local_experts = config.model.n_routed_experts
+    moe_config.intermediate_size = config.model.moe_intermediate_size
     moe = initialize_moe_module(moe_config)
     moe.router = router
     return moe

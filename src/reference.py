@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.convert import dequantized_state_dict
 from .checkpoint.layout import model_layout
-from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config, read_config_json
 from .errors import ConfigError
+from .model_config import ModelConfig, read_config_json
 
 
 def hugging_face_model(model_dir: str | Path) -> DeepseekV3ForCausalLM:
@@ -18,9 +19,9 @@ def hugging_face_model(model_dir: str | Path) -> DeepseekV3ForCausalLM:
 
     Raises ConfigError when the machine's memory cannot hold it.
     """
-    config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), load_config=load_pretrained_config(model_dir))
-    _check_memory(config)
-    state_dict = dequantized_state_dict(model_dir, config)
+    with Checkpoint(model_dir) as checkpoint:
+        _check_memory(checkpoint.config)
+        state_dict = dequantized_state_dict(checkpoint)
     model = DeepseekV3ForCausalLM.from_pretrained(
         None, config=hugging_face_config(model_dir), state_dict=state_dict, dtype=torch.float32
     )
@@ -35,7 +36,7 @@ def hugging_face_config(model_dir: str | Path) -> DeepseekV3Config:
     return DeepseekV3Config(**fields, attn_implementation="eager")
 
 
-def _check_memory(config: DeepseekV3InferenceConfig) -> None:
+def _check_memory(config: ModelConfig) -> None:
     needed = sum(spec.numel for spec in model_layout(config)) * torch.float32.itemsize
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:

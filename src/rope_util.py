@@ -7,37 +7,11 @@ Shape suffixes: B batch, S sequence, N heads, D rotary head dim.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class YarnScaling:
-    """The `rope_scaling` field of config.json, with the defaults of the released modeling code."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
-
-    @property
-    def attention_factor(self) -> float:
-        """Multiplier of cos and sin: mscale(factor, mscale) / mscale(factor, mscale_all_dim)."""
-        return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
-
-    @property
-    def softmax_factor(self) -> float:
-        """Multiplier of the softmax scale: mscale(factor, mscale_all_dim)^2."""
-        return yarn_mscale(self.factor, self.mscale_all_dim) ** 2
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 * mscale * ln(factor) + 1, and 1 where nothing is scaled (factor <= 1 or mscale 0)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+from .model_config import YarnScaling
 
 
 def inverse_frequencies(dim: int, theta: float, scaling: YarnScaling | None = None) -> Tensor:

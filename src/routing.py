@@ -7,6 +7,10 @@ scores differ by less than a bfloat16 step are common, and picking the wrong one
 import torch
 from torch import Tensor
 
+# How logits become affinities, and how a group is rated by its experts' biased scores [T, G, E/G]; see family.Member.
+SCORING = {"sigmoid": torch.sigmoid}
+GROUP_RATING = {"two best": lambda choice_TGe: choice_TGe.topk(2, dim=-1).values.sum(dim=-1)}
+
 
 def select_experts(
     scores_TE: Tensor,
@@ -14,18 +18,19 @@ def select_experts(
     top_k: int,
     n_group: int,
     topk_group: int,
+    grouping: str = "two best",
 ) -> Tensor:
     """Indices int64 [T, K] of the experts that each token uses, best first.
 
     scores_TE: float32 affinities. bias_E: float32 load-balancing correction; it takes part in the choice only.
-    The experts form `n_group` groups of neighbours; a group is rated by the sum of its two best biased scores, and only
+    The experts form `n_group` groups of neighbours; a group is rated by its biased scores as `grouping` says, and only
     the best `topk_group` groups may give experts. Experts of other groups are ruled out with -inf, so that a negative
     biased score in a chosen group still wins over them.
     """
     choice_TE = scores_TE + bias_E
     if n_group > 1:
         choice_TGe = choice_TE.unflatten(-1, (n_group, -1))
-        group_scores_TG = choice_TGe.topk(2, dim=-1).values.sum(dim=-1)
+        group_scores_TG = GROUP_RATING[grouping](choice_TGe)
         chosen = group_scores_TG.topk(topk_group, dim=-1).indices
         ruled_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(-1, chosen, False)
         choice_TE = choice_TGe.masked_fill(ruled_out_TG.unsqueeze(-1), float("-inf")).flatten(-2)

@@ -13,7 +13,7 @@ from .checkpoint.fp8 import SCALE_SUFFIX, quantize_blocks, scale_shape
 from .checkpoint.header import build_header
 from .checkpoint.layout import Source, model_layout, mtp_layout
 from .checkpoint.reader import INDEX_FILE, CheckpointReader
-from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig
+from .model_config import read_model_config
 
 # Small, but nothing is round: dims that blocks of 128 do not divide, nope != v, groups, a dense first layer, YaRN.
 DEMO_CONFIG: dict[str, Any] = {
@@ -174,7 +174,7 @@ def _block_size(config: dict[str, Any]) -> tuple[int, int]:
 
 
 def _sources(config: dict[str, Any]) -> Iterator[Source]:
-    model_config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), **config)
+    model_config = read_model_config(config)
     for layout in (model_layout, mtp_layout):
         for spec in layout(model_config):
             yield from spec.sources

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from .. import backend
+from ..application import NeuronDeepseekV3ForCausalLM
 from ..errors import ConfigError
-from ..modeling_deepseek import NeuronDeepseekV3ForCausalLM
 from .bisect import Findings, compare_traces
 from .compare import Comparison, compare
 from .greedy import Rule
@@ -37,7 +37,7 @@ def record(model: NeuronDeepseekV3ForCausalLM, golden: Recording) -> Recording:
     return Recording(
         source=backend.describe().removeprefix("backend: "),
         dtype=dtype_of(model),
-        dimensions=dimensions(model.config),
+        dimensions=dimensions(model.config.model),
         entries=entries,
         stop_tokens=golden.stop_tokens,
         min_new_tokens=golden.min_new_tokens,

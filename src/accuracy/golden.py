@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 from ..checkpoint.files import locked_folder
-from ..config import read_config_json
 from ..errors import ConfigError
+from ..model_config import read_config_json
 from .expected_outputs import write_expected_outputs
 from .greedy import Rule, Sequence
 from .oracle import KeyValues, LayerOracle

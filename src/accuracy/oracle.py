@@ -19,7 +19,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3TopkRouter,
 )
 
-from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
+from ..checkpoint.checkpoint import Checkpoint
 from ..reference import hugging_face_config
 from .trace import attention_taps, interleave, put
 from .weights import Weights
@@ -60,9 +60,10 @@ class LayerOracle:
     """
 
     def __init__(self, model_dir: str | Path, dtype: torch.dtype = torch.float32):
-        self.config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), load_config=load_pretrained_config(model_dir))
+        checkpoint = Checkpoint(model_dir)
+        self.config = checkpoint.config
         self.hf_config = hugging_face_config(model_dir)
-        self.weights = Weights(model_dir, self.config, dtype)
+        self.weights = Weights(checkpoint, dtype)
         self.dtype = dtype
         self.rotary = DeepseekV3RotaryEmbedding(self.hf_config)
 
@@ -87,7 +88,7 @@ class LayerOracle:
         norm = self._norm(prefix + "post_attention_layernorm.")
         normed = {i: norm(h) for i, h in hidden_states.items()}
         put(trace, "post_attention_layernorm", normed)
-        mlp_output = (self._moe if self.config.is_moe_layer(layer) else self._dense)(prefix + "mlp.", normed, trace)
+        mlp_output = (self._moe if self.config.has_experts(layer) else self._dense)(prefix + "mlp.", normed, trace)
         put(trace, "mlp", mlp_output)
         output = {i: h + mlp_output[i] for i, h in hidden_states.items()}
         put(trace, "output", output)

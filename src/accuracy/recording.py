@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..checkpoint.files import PARTIAL_SUFFIX, write_json
-from ..config import DeepseekV3InferenceConfig
 from ..errors import ConfigError
+from ..model_config import ModelConfig
 
 RECORDING_FILE = "recording.json"
 LOGITS_FILE = "logits.safetensors"
@@ -82,7 +82,7 @@ class Recording:
         self.folder = folder
 
 
-def dimensions(config: DeepseekV3InferenceConfig) -> dict[str, int]:
+def dimensions(config: ModelConfig) -> dict[str, int]:
     return {name: getattr(config, name) for name in _DIMENSIONS}
 
 

@@ -1,17 +1,16 @@
 """Weights of a checkpoint folder by Hugging Face name, read on demand: memory holds what is asked for, no more."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.checks import check_tensors, weight_block_size
 from ..checkpoint.convert import read_weight
 from ..checkpoint.fp8 import SCALE_SUFFIX
 from ..checkpoint.reader import CheckpointReader
-from ..config import DeepseekV3InferenceConfig
 
 _BIAS = "e_score_correction_bias"
 
@@ -23,10 +22,10 @@ class Weights:
     Raises CheckpointError listing all that does not fit config.json.
     """
 
-    def __init__(self, model_dir: str | Path, config: DeepseekV3InferenceConfig, dtype: torch.dtype):
-        self.reader, self.dtype = CheckpointReader(model_dir), dtype
-        check_tensors(self.reader, config)
-        self.block_size = weight_block_size(config)
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
+        self.reader, self.dtype = checkpoint.reader, dtype
+        check_tensors(self.reader, checkpoint.config)
+        self.block_size = weight_block_size(checkpoint.config)
 
     def get(self, name: str) -> Tensor:
         """A whole tensor."""

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError, report_problems
+from ..model_config import ModelConfig
 from .fp8 import FP8_DTYPE, SCALE_DTYPES, SCALE_SUFFIX, scale_shape, scale_to_float32
 from .layout import TensorSpec, model_layout, mtp_layout
 
 if TYPE_CHECKING:
-    from ..config import DeepseekV3InferenceConfig
     from .convert import TensorSource
     from .reader import CheckpointReader
 
@@ -21,25 +21,21 @@ _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _DEFAULT_BLOCK = (128, 128)  # the released size
 
 
-def check_tensors(source: "TensorSource", config: "DeepseekV3InferenceConfig") -> None:
+def check_tensors(source: "TensorSource", config: ModelConfig) -> None:
     """Raises one CheckpointError that lists every file that is damaged and every tensor that is missing, unexpected,
     misshapen or of a wrong dtype."""
     problems = source.problems + tensor_problems(source, config, list(model_layout(config)))
     report_problems("checkpoint does not fit config.json", problems)
 
 
-def tensor_problems(source: "TensorSource", config: "DeepseekV3InferenceConfig", specs: list[TensorSpec]) -> list[str]:
+def tensor_problems(source: "TensorSource", config: ModelConfig, specs: list[TensorSpec]) -> list[str]:
     """A line for each tensor that the tensors of `specs` need and `source` lacks or has otherwise, and for each that
     belongs to no part of the model."""
     expected = {part.name: part.shape for spec in specs for part in spec.sources}
     problems = [
         f"{source.describe(name)}: missing" for name in expected if not (name in source or source.is_unreadable(name))
     ]
-    try:
-        block_size = weight_block_size(config)
-    except CheckpointError as error:
-        problems.append(str(error))
-        block_size = _DEFAULT_BLOCK
+    block_size = weight_block_size(config)
     for name in source.names():
         weight = name.removesuffix(SCALE_SUFFIX)
         what = None
@@ -83,16 +79,12 @@ def read_scale(reader: "CheckpointReader", name: str) -> np.ndarray:
     return scale_to_float32(torch.from_numpy(raw).view(reader.dtype(name + SCALE_SUFFIX))).numpy().reshape(entry.shape)
 
 
-def weight_block_size(config: "DeepseekV3InferenceConfig") -> tuple[int, int]:
+def weight_block_size(config: ModelConfig) -> tuple[int, int]:
     """`weight_block_size` of config.json's quantization_config; 128x128, the released size, where it says nothing."""
-    quantization = getattr(config, "quantization_config", None) or {}
-    size = quantization.get("weight_block_size") or _DEFAULT_BLOCK
-    if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-        raise CheckpointError(f"config.json: weight_block_size {size!r} must be two positive integers")
-    return tuple(size)
+    return config.quantization and config.quantization.block_size or _DEFAULT_BLOCK
 
 
-def is_ignored(name: str, config: "DeepseekV3InferenceConfig") -> bool:
+def is_ignored(name: str, config: ModelConfig) -> bool:
     """True for tensors that are left out on purpose: MTP layers (index >= num_hidden_layers), saved RoPE tables, a head
     stored beside tied embeddings."""
     layer = _LAYER.match(name)
@@ -101,7 +93,7 @@ def is_ignored(name: str, config: "DeepseekV3InferenceConfig") -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def extra_names(source: "TensorSource", config: "DeepseekV3InferenceConfig") -> Iterator[str]:
+def extra_names(source: "TensorSource", config: ModelConfig) -> Iterator[str]:
     """Names that are ignored although no part of the model, MTP included, has them."""
     known = {part.name for layout in (model_layout, mtp_layout) for spec in layout(config) for part in spec.sources}
     return (name for name in source.names() if name.removesuffix(SCALE_SUFFIX) not in known)

@@ -1,20 +1,17 @@
 """Turns Hugging Face tensors into the model's tensors: dequantized, combined, in the model's dtype, checked."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..model_config import ModelConfig
+from .checkpoint import Checkpoint
 from .checks import check_tensors, weight_block_size
 from .fp8 import FP8_DTYPE, SCALE_SUFFIX, dequantize_blocks
 from .layout import TensorSpec, model_layout, rank_tensor_names
-from .reader import CheckpointReader
-
-if TYPE_CHECKING:
-    from ..config import DeepseekV3InferenceConfig
 
 
 class TensorSource(Protocol):
@@ -60,21 +57,22 @@ class StateDictSource:
         return self._tensors[name]
 
 
-def neuron_state_dict(source: TensorSource, config: "DeepseekV3InferenceConfig") -> dict[str, Tensor]:
-    """All tensors of the model, unsharded, in neuron_config.torch_dtype (the router's correction bias in float32).
+def neuron_state_dict(
+    source: TensorSource, config: ModelConfig, dtype: torch.dtype, tp_degree: int
+) -> dict[str, Tensor]:
+    """All tensors of the model, unsharded, in `dtype` (the router's correction bias in float32), and rank tensors.
 
     Raises CheckpointError listing missing, extra and misshapen tensors, or naming a tensor that holds NaN.
     """
     check_tensors(source, config)
-    state_dict = {spec.name: build_tensor(source, spec, config) for spec in model_layout(config)}
-    tp_degree = config.neuron_config.tp_degree
+    state_dict = {spec.name: build_tensor(source, spec, config, dtype) for spec in model_layout(config)}
     state_dict.update((name, torch.arange(tp_degree, dtype=torch.int32)) for name in rank_tensor_names(config))
     return state_dict
 
 
-def build_tensor(source: TensorSource, spec: TensorSpec, config: "DeepseekV3InferenceConfig") -> Tensor:
+def build_tensor(source: TensorSource, spec: TensorSpec, config: ModelConfig, dtype: torch.dtype) -> Tensor:
     """One tensor of the model, unsharded."""
-    dtype, block_size = spec.dtype(config.neuron_config.torch_dtype), weight_block_size(config)
+    dtype, block_size = spec.dtype(dtype), weight_block_size(config)
     if spec.is_plain:
         return read_weight(source, spec.sources[0].name, dtype, block_size)
     grid = spec.grid
@@ -101,11 +99,9 @@ def read_weight(source: TensorSource, name: str, dtype: torch.dtype, block_size:
     return weight.to(dtype)
 
 
-def dequantized_state_dict(
-    model_dir: str | Path, config: "DeepseekV3InferenceConfig", dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+def dequantized_state_dict(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The checkpoint under Hugging Face's own names without its FP8 encoding: what transformers' class loads."""
-    reader = CheckpointReader(model_dir)
+    reader, config = checkpoint.reader, checkpoint.config
     check_tensors(reader, config)
     block_size = weight_block_size(config)
     return {

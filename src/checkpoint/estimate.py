@@ -4,18 +4,18 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .checkpoint import Checkpoint
 from .checks import weight_block_size
 from .decoder import UnitDecoder
 from .parallel import cpu_count, run_threads
-from .plan import MODEL, MTP, ShardPlan, sharding_config
+from .plan import ShardPlan, make_plans
 from .reader import CheckpointReader
-from .sharder import open_checked
+from .sharder import check_plans
 
 _PROBE_SECONDS = 3.0
 
@@ -43,10 +43,10 @@ def estimate_sharding(
     with_mtp: bool = False,
 ) -> ShardEstimate:
     """Checks the checkpoint as shard_checkpoint does, then writes for some seconds to a file that vanishes."""
-    config = sharding_config(model_dir, tp_degree, dtype)
-    plans = [ShardPlan(config, out_dir, part) for part in ([MODEL, MTP] if with_mtp else [MODEL])]
     folder = next(path for path in (Path(out_dir).absolute(), *Path(out_dir).absolute().parents) if path.exists())
-    with closing(open_checked(model_dir, config, plans)) as reader:
+    with Checkpoint(model_dir) as checkpoint:
+        reader, plans = checkpoint.reader, make_plans(checkpoint.config, out_dir, tp_degree, dtype, with_mtp)
+        check_plans(checkpoint, plans)
         probed, seconds = _probe(plans[0], reader, ranks, jobs or cpu_count(), folder)
         source_bytes = sum(entry.nbytes for entry in reader.entries.values())
     return ShardEstimate(

@@ -7,14 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-ITEM_SIZE = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
-# The order in which safetensors lays out tensors of these dtypes.
-_DTYPE_ORDER = ("F32", "I32", "BF16", "F8_E4M3")
+from ..dtypes import BY_SAFETENSORS, LAYOUT_ORDER
+
 _LENGTH_BYTES = 8
 _MAX_JSON_BYTES = 100_000_000  # the bound of safetensors itself
 _LFS_POINTER = b"version https://git-lfs"
@@ -36,7 +30,7 @@ class TensorEntry:
 
     @property
     def item_bytes(self) -> int:
-        return ITEM_SIZE[self.dtype]
+        return BY_SAFETENSORS[self.dtype].item_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -44,7 +38,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return ITEM_SIZE[self.dtype] * prod(self.shape)
+        return self.item_bytes * prod(self.shape)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], list[str]]:
@@ -72,7 +66,7 @@ def build_header(
 ) -> tuple[bytes, dict[str, TensorEntry]]:
     """The bytes before the data, and where each tensor goes, for (name, dtype, shape): as safetensors' save_file."""
     header, entries, offset = {"__metadata__": metadata} if metadata else {}, {}, 0
-    for name, dtype, shape in sorted(tensors, key=lambda tensor: (_DTYPE_ORDER.index(tensor[1]), tensor[0])):
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: (LAYOUT_ORDER[tensor[1]], tensor[0])):
         entry = entries[name] = TensorEntry("", dtype, tuple(shape), offset)
         offset += entry.nbytes
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [entry.offset, offset]}
@@ -109,7 +103,7 @@ def _entries(path: Path, pairs: Any, data_start: int, size: int) -> tuple[dict[s
 
 def _entry(file: str, fields: dict[str, Any], data_start: int) -> tuple[TensorEntry, int]:
     dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-    if dtype not in ITEM_SIZE:
+    if dtype not in BY_SAFETENSORS:
         raise ValueError(f"unknown dtype {dtype}")
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
         raise ValueError("shape and data_offsets must be natural numbers")

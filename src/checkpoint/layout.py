@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from ..config import DeepseekV3InferenceConfig
+from ..model_config import ModelConfig
 
 
 class Combine(Enum):
@@ -133,7 +131,7 @@ class TensorSpec:
         return Grid(experts, rows, columns, blocks, self.partition_dim, self.stride)
 
 
-def model_layout(config: "DeepseekV3InferenceConfig") -> Iterator[TensorSpec]:
+def model_layout(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every weight of the model, in the order of the forward pass. MTP layers are not part of it."""
     H, vocab = config.hidden_size, config.vocab_size
     embedding = Source("model.embed_tokens.weight", (vocab, H))
@@ -145,21 +143,21 @@ def model_layout(config: "DeepseekV3InferenceConfig") -> Iterator[TensorSpec]:
     yield TensorSpec("lm_head.weight", (head,), partition_dim=0)
 
 
-def layer_layout(config: "DeepseekV3InferenceConfig", layer: int) -> Iterator[TensorSpec]:
+def layer_layout(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     """The weights of one decoder layer."""
     neuron, hf = f"layers.{layer}.", f"model.layers.{layer}."
     for norm in ("input_layernorm", "post_attention_layernorm"):
         yield _spec(f"{neuron}{norm}.weight", f"{hf}{norm}.weight", (config.hidden_size,))
     yield from _attention(config, neuron + "self_attn.", hf + "self_attn.")
-    mlp = _moe if config.is_moe_layer(layer) else _dense_mlp
+    mlp = _moe if config.has_experts(layer) else _dense_mlp
     yield from mlp(config, neuron + "mlp.", hf + "mlp.")
 
 
-def mtp_layout(config: "DeepseekV3InferenceConfig") -> Iterator[TensorSpec]:
+def mtp_layout(config: ModelConfig) -> Iterator[TensorSpec]:
     """The multi-token prediction layers, which follow the model's in the checkpoint. Each has a copy of embedding and
     head, and joins token and hidden state (arXiv:2412.19437, section 2.2) by eh_proj, split like the projections."""
     H, vocab = config.hidden_size, config.vocab_size
-    for layer in mtp_layers(config):
+    for layer in config.mtp_layers:
         yield from layer_layout(config, layer)
         neuron, hf = f"layers.{layer}.", f"model.layers.{layer}."
         for name, shape, partition_dim in (
@@ -173,21 +171,16 @@ def mtp_layout(config: "DeepseekV3InferenceConfig") -> Iterator[TensorSpec]:
             yield _spec(f"{neuron}{name}.weight", f"{hf}{name}.weight", shape, partition_dim)
 
 
-def mtp_layers(config: "DeepseekV3InferenceConfig") -> range:
-    first = config.num_hidden_layers
-    return range(first, first + config.num_nextn_predict_layers)
-
-
-def rank_tensor_names(config: "DeepseekV3InferenceConfig", layers: range | None = None) -> Iterator[str]:
+def rank_tensor_names(config: ModelConfig, layers: range | None = None) -> Iterator[str]:
     """int32 tensors from which a rank of the compiled model learns its number: arange(tp_degree), a value per rank.
     `layers`: those of the file, the model's if not given."""
     yield "rank_util.rank"
     for layer in range(config.num_hidden_layers) if layers is None else layers:
-        if config.is_moe_layer(layer):
+        if config.has_experts(layer):
             yield f"layers.{layer}.mlp.expert_mlps.spmd_rank.rank"
 
 
-def _attention(config: "DeepseekV3InferenceConfig", neuron: str, hf: str) -> Iterator[TensorSpec]:
+def _attention(config: ModelConfig, neuron: str, hf: str) -> Iterator[TensorSpec]:
     H, N, Q, R = config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
     D, P, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     down = [("kv_a_proj_with_mqa", R + P)]
@@ -208,15 +201,16 @@ def _attention(config: "DeepseekV3InferenceConfig", neuron: str, hf: str) -> Ite
         yield _spec(neuron + "o_proj.bias", hf + "o_proj.bias", (H,))
 
 
-def _dense_mlp(config: "DeepseekV3InferenceConfig", neuron: str, hf: str) -> Iterator[TensorSpec]:
+def _dense_mlp(config: ModelConfig, neuron: str, hf: str) -> Iterator[TensorSpec]:
     yield from _mlp(neuron, hf, config.hidden_size, config.intermediate_size)
 
 
-def _moe(config: "DeepseekV3InferenceConfig", neuron: str, hf: str) -> Iterator[TensorSpec]:
+def _moe(config: ModelConfig, neuron: str, hf: str) -> Iterator[TensorSpec]:
     H, I, E = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts  # noqa: E741
     yield _spec(neuron + "router.linear_router.weight", hf + "gate.weight", (E, H))
-    bias = Source(hf + "gate.e_score_correction_bias", (E,))
-    yield TensorSpec(neuron + "router.e_score_correction_bias", (bias,), float32=True)
+    if config.member.correction_bias:
+        bias = Source(hf + "gate.e_score_correction_bias", (E,))
+        yield TensorSpec(neuron + "router.e_score_correction_bias", (bias,), float32=True)
     experts = [f"{hf}experts.{expert}." for expert in range(E)]
     gate_up = tuple(Source(f"{e}{proj}_proj.weight", (I, H)) for e in experts for proj in ("gate", "up"))
     down = tuple(Source(f"{e}down_proj.weight", (H, I)) for e in experts)

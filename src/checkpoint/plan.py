@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
+from ..dtypes import model_dtype, to_safetensors
 from ..errors import ConfigError
+from ..model_config import ModelConfig
 from .header import TensorEntry, build_header
-from .layout import model_layout, mtp_layers, mtp_layout, rank_tensor_names
+from .layout import model_layout, mtp_layout, rank_tensor_names
 from .planned_file import PlannedFile
 from .units import Region, Unit, plan_units
 
 if TYPE_CHECKING:
     from .reader import CheckpointReader
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-FORMAT_NAME = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MODEL, MTP = "model", "mtp"
 # Below the output folder; `weights` is where NxDI's load() looks.
 _FOLDERS = {MODEL: "weights", MTP: "mtp/weights"}
@@ -27,14 +26,13 @@ _WORKING_MEMORY = 1 << 30
 
 
 class ShardPlan:
-    """One part of a model (`model` or `mtp`) cut for `tp_degree` ranks in `config.neuron_config.torch_dtype`."""
+    """One part of a model (`model` or `mtp`) cut for `tp_degree` ranks in `dtype`."""
 
-    def __init__(self, config: DeepseekV3InferenceConfig, out_dir: str | Path, part: str = MODEL):
-        self.config, self.part = config, part
-        self.tp_degree: int = config.neuron_config.tp_degree
-        self.dtype: torch.dtype = config.neuron_config.torch_dtype
+    def __init__(self, config: ModelConfig, tp_degree: int, dtype: torch.dtype, out_dir: str | Path, part: str = MODEL):
+        config.check_tensor_parallel(tp_degree)
+        self.config, self.tp_degree, self.dtype, self.part = config, tp_degree, dtype, part
         self.folder = part_folder(out_dir, part)
-        layers = mtp_layers(config) if part == MTP else None
+        layers = config.mtp_layers if part == MTP else None
         if part == MTP and not layers:
             raise ConfigError("config.json: num_nextn_predict_layers is 0: the checkpoint has no MTP layer to write")
         self.specs = list(mtp_layout(config) if part == MTP else model_layout(config))
@@ -58,7 +56,7 @@ class ShardPlan:
 
     def _rank_file_tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         for spec in self.specs:
-            yield spec.name, FORMAT_NAME[spec.dtype(self.dtype)], spec.rank_shape(self.tp_degree)
+            yield spec.name, to_safetensors(spec.dtype(self.dtype)), spec.rank_shape(self.tp_degree)
         for name in self.rank_tensors:
             yield name, "I32", (1,)
 
@@ -100,22 +98,20 @@ class ShardPlan:
         return size + min(rows, rank_rows) * rank_columns * unit.spec.dtype(self.dtype).itemsize
 
 
+def make_plans(
+    config: ModelConfig, out_dir: str | Path, tp_degree: int, dtype: str, with_mtp: bool = False
+) -> list[ShardPlan]:
+    """The parts to write. Raises ConfigError for a degree or dtype that cannot be."""
+    parts = [MODEL, MTP] if with_mtp else [MODEL]
+    return [ShardPlan(config, tp_degree, model_dtype(dtype), out_dir, part) for part in parts]
+
+
 def part_folder(out_dir: str | Path, part: str) -> Path:
     return Path(out_dir) / _FOLDERS[part]
 
 
 def file_name(rank: int) -> str:
     return f"tp{rank}_sharded_checkpoint.safetensors"
-
-
-def sharding_config(model_dir: str | Path, tp_degree: int, dtype: str) -> DeepseekV3InferenceConfig:
-    """The config of the checkpoint for `tp_degree` ranks. Raises ConfigError for a degree or dtype that cannot be."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}")
-    if tp_degree < 1:
-        raise ConfigError(f"tp_degree {tp_degree} must be at least 1")
-    neuron_config = DeepseekV3NeuronConfig(tp_degree=tp_degree, torch_dtype=DTYPES[dtype])
-    return DeepseekV3InferenceConfig(neuron_config, load_config=load_pretrained_config(model_dir))
 
 
 def parse_ranks(text: str | None, tp_degree: int) -> list[int]:

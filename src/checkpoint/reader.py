@@ -11,20 +11,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..dtypes import BY_SAFETENSORS
 from ..errors import CheckpointError
 from .files import pread_into
 from .header import TensorEntry, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_TORCH_DTYPE = {
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
 
 
 class CheckpointReader:
@@ -56,9 +49,8 @@ class CheckpointReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
 
-    def dtype(self, name: str) -> torch.dtype | None:
-        """None for a dtype that no checkpoint of this family has."""
-        return _TORCH_DTYPE.get(self.entries[name].dtype)
+    def dtype(self, name: str) -> torch.dtype:
+        return BY_SAFETENSORS[self.entries[name].dtype].to_torch()
 
     def is_unreadable(self, name: str) -> bool:
         """Whether the tensor should be in a shard that is among the problems: no need to tell of it too."""

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import read_config_json
 from ..errors import CheckpointError, report_problems
+from .checkpoint import Checkpoint
 from .checks import scale_problems, tensor_problems, weight_block_size
 from .decoder import UnitDecoder
 from .files import locked_folder, sync_folder
@@ -19,13 +18,9 @@ from .journal import Journal
 from .layout import model_layout
 from .manifest import Manifest, digest, tensor_checksum
 from .parallel import cpu_count, run_threads
-from .plan import MODEL, MTP, ShardPlan, check_ranks, sharding_config
+from .plan import ShardPlan, check_ranks, make_plans
 from .planned_file import PlannedFile
 from .progress import Progress, ProgressCallback, format_bytes
-from .reader import CheckpointReader
-
-if TYPE_CHECKING:
-    from ..config import DeepseekV3InferenceConfig
 
 JOURNAL_FILE = "unfinished.jsonl"
 # What is finished is made durable and noted this often: as much work as a crash can cost.
@@ -64,13 +59,13 @@ def shard_checkpoint(
     except NaN among the weights. What was finished until then is kept for `resume`.
     """
     start = time.monotonic()
-    config = sharding_config(model_dir, tp_degree, dtype)
-    ranks = check_ranks(range(tp_degree) if ranks is None else ranks, tp_degree)
-    plans = [ShardPlan(config, out_dir, part) for part in ([MODEL, MTP] if with_mtp else [MODEL])]
-    with closing(open_checked(model_dir, config, plans)) as reader, ExitStack() as locks:
+    with Checkpoint(model_dir) as checkpoint, ExitStack() as locks:
+        plans = make_plans(checkpoint.config, out_dir, tp_degree, dtype, with_mtp)
+        ranks = check_ranks(range(tp_degree) if ranks is None else ranks, tp_degree)
+        check_plans(checkpoint, plans)
         for plan in plans:
             locks.enter_context(locked_folder(plan.folder))
-        runs = [_PartRun(plan, reader, ranks, resume) for plan in plans]
+        runs = [_PartRun(plan, checkpoint, ranks, resume) for plan in plans]
         total = sum(run.total for run in runs)
         for run in runs:
             with closing(run.execute(jobs or cpu_count())) as steps:
@@ -84,17 +79,14 @@ def shard_checkpoint(
     return ShardSummary(folders, files, total - resumed, resumed, time.monotonic() - start)
 
 
-def open_checked(
-    model_dir: str | Path, config: "DeepseekV3InferenceConfig", plans: Sequence[ShardPlan]
-) -> CheckpointReader:
-    """The checkpoint, if its headers and scales are in order; else one CheckpointError that tells of everything."""
-    reader = CheckpointReader(model_dir)
+def check_plans(checkpoint: Checkpoint, plans: Sequence[ShardPlan]) -> None:
+    """Raises one CheckpointError that tells of everything that is wrong with headers and scales."""
+    reader, config = checkpoint.reader, checkpoint.config
     specs = {spec.name: spec for plan in plans for spec in plan.specs}
     whole = {spec.name: spec for spec in model_layout(config)} | specs
     problems = reader.problems + tensor_problems(reader, config, list(whole.values()))
     problems += scale_problems(reader, list(specs.values()))
-    report_problems(f"{model_dir}: checkpoint does not fit config.json", problems)
-    return reader
+    report_problems(f"{checkpoint.folder}: checkpoint does not fit config.json", problems)
 
 
 class _PartRun:
@@ -103,9 +95,9 @@ class _PartRun:
     total, done and resumed (done by an earlier run) count bytes of these files.
     """
 
-    def __init__(self, plan: ShardPlan, reader: CheckpointReader, ranks: list[int], resume: bool):
-        self._plan, self._reader, self._resume = plan, reader, resume
-        self._manifest = Manifest.of_plan(plan, reader.stamps(), read_config_json(reader.model_dir))
+    def __init__(self, plan: ShardPlan, checkpoint: Checkpoint, ranks: list[int], resume: bool):
+        self._plan, self._reader, self._resume = plan, checkpoint.reader, resume
+        self._manifest = Manifest.of_plan(plan, checkpoint.reader.stamps(), checkpoint.fields)
         self._take_over_manifest()
         self.pending = [rank for rank in ranks if not self._is_complete(rank)]
         self._files = {rank: plan.file(rank) for rank in self.pending}

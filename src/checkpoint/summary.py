@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from ..config import DeepseekV3InferenceConfig
-from ..errors import CheckpointError
+from ..model_config import ModelConfig
+from .checkpoint import Checkpoint
 from .checks import extra_names, tensor_problems, weight_block_size
 from .fp8 import SCALE_SUFFIX
-from .layout import model_layout, mtp_layers, mtp_layout
-from .plan import sharding_config
+from .layout import model_layout, mtp_layout
 from .reader import CheckpointReader
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -50,8 +49,13 @@ class CheckpointSummary:
 
 def inspect_checkpoint(model_dir: str | Path) -> CheckpointSummary:
     """Reads config.json, the index and all headers, no weights. Raises ConfigError for a config.json that cannot be."""
-    config = sharding_config(model_dir, 1, "bfloat16")
-    reader = CheckpointReader(model_dir)
+    with Checkpoint(model_dir) as checkpoint:
+        return summarize(checkpoint)
+
+
+def summarize(checkpoint: Checkpoint) -> CheckpointSummary:
+    """As inspect_checkpoint."""
+    config, reader = checkpoint.config, checkpoint.reader
     specs = list(model_layout(config))
     mtp_specs = list(mtp_layout(config))
     has_mtp = any(source.name in reader for spec in mtp_specs for source in spec.sources)
@@ -65,7 +69,7 @@ def inspect_checkpoint(model_dir: str | Path) -> CheckpointSummary:
     mtp = parameters.pop("MTP layers", 0)
     total = sum(parameters.values())
     idle = parameters["routed experts"] * (1 - config.num_experts_per_tok / config.n_routed_experts)
-    moe = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
+    moe = sum(map(config.has_experts, range(config.num_hidden_layers)))
     return CheckpointSummary(
         files=len(reader.files),
         tensors=len(reader.entries),
@@ -74,7 +78,7 @@ def inspect_checkpoint(model_dir: str | Path) -> CheckpointSummary:
         mtp_parameters=mtp,
         dense_layers=config.num_hidden_layers - moe,
         moe_layers=moe,
-        mtp_layers=len(mtp_layers(config)) if has_mtp else 0,
+        mtp_layers=len(config.mtp_layers) if has_mtp else 0,
         quantization=_quantization(reader, config),
         bytes_by_dtype=dict(dtypes.most_common()),
         bytes_by_part=dict(parts.most_common()),
@@ -83,7 +87,7 @@ def inspect_checkpoint(model_dir: str | Path) -> CheckpointSummary:
     )
 
 
-def part_of(name: str, config: DeepseekV3InferenceConfig) -> str:
+def part_of(name: str, config: ModelConfig) -> str:
     """Which part of the model a Hugging Face tensor belongs to."""
     layer = _LAYER.match(name)
     if layer and int(layer.group(1)) >= config.num_hidden_layers:
@@ -91,14 +95,11 @@ def part_of(name: str, config: DeepseekV3InferenceConfig) -> str:
     return next((part for pattern, part in _PARTS.items() if pattern in name), "other")
 
 
-def _quantization(reader: CheckpointReader, config: DeepseekV3InferenceConfig) -> str:
+def _quantization(reader: CheckpointReader, config: ModelConfig) -> str:
     scales = {entry.dtype for name, entry in reader.entries.items() if name.endswith(SCALE_SUFFIX)}
     if not scales:
         return "none"
-    try:
-        rows, columns = weight_block_size(config)
-    except CheckpointError:
-        return "FP8 with a bad weight_block_size"
+    rows, columns = weight_block_size(config)
     names = {"F32": "float32", "U8": "E8M0", "F8_E8M0": "E8M0"}
     kinds = " and ".join(sorted({names.get(dtype, dtype) for dtype in scales}))
     return f"FP8 (e4m3) in blocks of {rows}x{columns}, {kinds} scales"

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig
+from ..dtypes import model_dtype, to_safetensors
 from ..errors import CheckpointError
+from ..model_config import read_model_config
 from .decoder import BITS
 from .files import locked_folder, pread_into, sync_folder, write_json
 from .header import build_header
 from .layout import Source
 from .manifest import Manifest
 from .parallel import cpu_count, run_threads
-from .plan import DTYPES, FORMAT_NAME, MODEL, MTP, ShardPlan, part_folder
+from .plan import MODEL, MTP, ShardPlan, part_folder
 from .planned_file import PlannedFile
 from .progress import Progress, ProgressCallback
 from .reader import INDEX_FILE
@@ -68,8 +69,8 @@ def _plan(manifest: Manifest, out_dir: str | Path) -> ShardPlan:
     missing = sorted(set(range(manifest.tp_degree)) - set(manifest.checksums))
     if missing:
         raise CheckpointError(f"{out_dir}: ranks {missing} were not written; shard them first")
-    neuron_config = DeepseekV3NeuronConfig(tp_degree=manifest.tp_degree, torch_dtype=DTYPES[manifest.dtype])
-    return ShardPlan(DeepseekV3InferenceConfig(neuron_config, **manifest.config), out_dir, manifest.part)
+    config = read_model_config(manifest.config)
+    return ShardPlan(config, manifest.tp_degree, model_dtype(manifest.dtype), out_dir, manifest.part)
 
 
 class _ModelFiles:
@@ -78,7 +79,7 @@ class _ModelFiles:
     def __init__(self, model_dir: Path, plans: list[ShardPlan]):
         self._folder = model_dir
         tensors = {
-            source.name: (source.name, FORMAT_NAME[spec.dtype(plan.dtype)], source.shape)
+            source.name: (source.name, to_safetensors(spec.dtype(plan.dtype)), source.shape)
             for plan in plans
             for spec in plan.specs
             for source in spec.sources

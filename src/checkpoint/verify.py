@@ -10,16 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
+from ..dtypes import model_dtype
 from ..errors import CheckpointError, ConfigError, report_problems
+from .checkpoint import Checkpoint
 from .checks import weight_block_size
 from .decoder import UnitDecoder
 from .files import pread_into
 from .manifest import Manifest, digest, tensor_checksum
 from .parallel import cpu_count, run_threads
-from .plan import MODEL, MTP, ShardPlan, part_folder, sharding_config
+from .plan import MODEL, MTP, ShardPlan, part_folder
 from .progress import Progress, ProgressCallback
 from .reader import CheckpointReader
-from .sharder import open_checked, rank_value
+from .sharder import check_plans, rank_value
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,18 @@ def verify_shards(
     parts = [part for part in (MODEL, MTP) if part_folder(out_dir, part).exists()]
     if not parts:
         raise CheckpointError(f"{part_folder(out_dir, MODEL)}: no such folder; give the OUT_DIR of nxdi-deepseek shard")
-    for part in parts:
-        manifest = Manifest.load_existing(part_folder(out_dir, part))
-        config = sharding_config(model_dir, manifest.tp_degree, manifest.dtype)
-        plan = ShardPlan(config, out_dir, part)
-        with closing(open_checked(model_dir, config, [plan])) as reader:
-            check = _PartCheck(plan, manifest, reader)
+    with Checkpoint(model_dir) as checkpoint:
+        for part in parts:
+            manifest = Manifest.load_existing(part_folder(out_dir, part))
+            dtype = model_dtype(manifest.dtype)
+            plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, part)
+            check_plans(checkpoint, [plan])
+            check = _PartCheck(plan, manifest, checkpoint.reader)
             with closing(check.execute(sample, jobs or cpu_count())) as steps:
                 for done, total in steps:
                     if progress:
                         progress(Progress(done, total, time.monotonic() - start))
-        files, compared = files + len(check.ranks), compared + done
+            files, compared = files + len(check.ranks), compared + done
     return VerifySummary(files, compared, time.monotonic() - start)
 
 

@@ -9,7 +9,7 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..accuracy.compare import Comparison
     from ..accuracy.recording import Recording
-    from ..modeling_deepseek import NeuronDeepseekV3ForCausalLM
+    from ..application import NeuronDeepseekV3ForCausalLM
 
 # Nothing that imports the backend may be imported before --backend is known.
 _BACKEND_VARIABLE = "NXDI_DEEPSEEK_BACKEND"
@@ -74,8 +74,8 @@ def _run_model(args: argparse.Namespace, golden: "Recording") -> "Comparison":
 
 def _load_model(args: argparse.Namespace, golden: "Recording") -> "NeuronDeepseekV3ForCausalLM":
     from .. import backend
+    from ..application import NeuronDeepseekV3ForCausalLM
     from ..config import DeepseekV3InferenceConfig
-    from ..modeling_deepseek import NeuronDeepseekV3ForCausalLM
     from .generate import load_model
 
     if not os.path.exists(os.path.join(args.subject, _COMPILED_CONFIG)):

@@ -8,9 +8,9 @@ import torch
 from transformers import set_seed
 
 from .. import backend
+from ..application import NeuronDeepseekV3ForCausalLM
 from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from ..errors import ConfigError
-from ..modeling_deepseek import NeuronDeepseekV3ForCausalLM
 from ..streaming import TextPrinter, generate_and_print
 from .prompts import add_prompt_arguments, check_ids, load_tokenizer, parse_ids, read_generation_config
 
@@ -43,7 +43,7 @@ def _generate(args: argparse.Namespace) -> int:
     model = load_model(args.model_dir, prompts, args.max_new_tokens, args.dtype, args.seq_len, args.tp_degree)
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
-    adapter.generation_config = read_generation_config(args.model_dir, model.config)
+    adapter.generation_config = read_generation_config(args.model_dir, model.config.model)
     set_seed(args.seed)
     sampling = {"do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
     if args.temperature > 0:

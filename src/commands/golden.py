@@ -9,8 +9,8 @@ import torch
 from ..accuracy.golden import make_golden
 from ..accuracy.greedy import Rule
 from ..accuracy.recording import Entry
-from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from ..errors import ConfigError
+from ..model_config import load_model_config
 from .prompts import add_prompt_arguments, check_ids, load_tokenizer, parse_ids, read_generation_config, stop_tokens
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     for option in ("max_new_tokens", "batch_size"):
         if getattr(args, option) < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
-    config = DeepseekV3InferenceConfig(DeepseekV3NeuronConfig(), load_config=load_pretrained_config(args.model_dir))
+    config = load_model_config(args.model_dir)
     prompts, drafts = _prompts(args)
     check_ids([prompt.prompt for prompt in prompts], config.vocab_size)
     check_ids([draft for draft in drafts if draft], config.vocab_size)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import read_config_json
 from ..errors import GraphCostError
 from ..graph_cost.count import GraphCost
 from ..graph_cost.kernels import BLOCKWISE_FORMULA
@@ -14,6 +13,7 @@ from ..graph_cost.lowerer import Lowerer
 from ..graph_cost.request import PARTS, PHASES, Request
 from ..graph_cost.table import format_comparison, format_costs
 from ..graph_cost.time_model import Machine, bound
+from ..model_config import read_config_json
 from ..synthetic import RELEASED_CONFIG
 
 _GRAPHS = (

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from ..config import DeepseekV3InferenceConfig
 from ..errors import ConfigError
+from ..model_config import ModelConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 
@@ -40,12 +40,12 @@ def check_ids(prompts: list[list[int]], vocab_size: int) -> None:
                 raise ConfigError(f"token id {token} is outside the vocabulary of {vocab_size}")
 
 
-def read_generation_config(model_dir: str, config: DeepseekV3InferenceConfig) -> GenerationConfig:
+def read_generation_config(model_dir: str, config: ModelConfig) -> GenerationConfig:
     """generation_config.json where there is one, for its stop tokens; else those of config.json."""
     if (Path(model_dir) / "generation_config.json").exists():
         generation = GenerationConfig.from_pretrained(model_dir)
     else:
-        generation = GenerationConfig(eos_token_id=getattr(config, "eos_token_id", None))
+        generation = GenerationConfig(eos_token_id=list(config.eos_token_id) or None)
     if generation.pad_token_id is None:
         generation.pad_token_id = config.pad_token_id
     # Sampling is the command line's business.

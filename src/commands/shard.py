@@ -3,16 +3,17 @@
 import argparse
 
 from ..checkpoint.estimate import estimate_sharding
-from ..checkpoint.plan import DTYPES, parse_ranks
+from ..checkpoint.plan import parse_ranks
 from ..checkpoint.progress import ProgressBar, format_bytes, format_seconds
 from ..checkpoint.sharder import shard_checkpoint
+from ..dtypes import MODEL_DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint, FP8, BF16 or FP32")
     parser.add_argument("out_dir", help="gets weights/tp{rank}_sharded_checkpoint.safetensors")
     parser.add_argument("--tp-degree", type=int, required=True, help="number of ranks, 64 on a trn2.48xlarge")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--dtype", choices=MODEL_DTYPES, default="bfloat16")
     parser.add_argument("--ranks", help="write only these, for example 0-7,32")
     parser.add_argument("--jobs", type=int, help="threads; one per core if not given")
     parser.add_argument("--with-mtp", action="store_true", help="write the MTP layers too, to OUT_DIR/mtp/weights")

@@ -104,7 +104,7 @@ class NeuronBaseForCausalLM(nn.Module):
         tp_degree = self.neuron_config.tp_degree
         initialize_model_parallel(tp_degree, device)
         state_dict = self.checkpoint_loader_fn()
-        for spec in model_layout(self.config):
+        for spec in model_layout(self.config.model):
             state_dict[spec.name] = shard(state_dict[spec.name], spec, tensor_parallel_rank(), tp_degree)
         model = self._model_cls(self.config)
         missing, _ = model.load_state_dict(state_dict, strict=False, assign=True)

@@ -4,15 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..dtypes import BY_HLO
 from ..errors import GraphCostError
-
-_ITEM_BYTES = {
-    **dict.fromkeys(("PRED", "S8", "U8", "F8E4M3FN", "F8E5M2"), 1),
-    **dict.fromkeys(("S16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("S32", "U32", "F32"), 4),
-    **dict.fromkeys(("S64", "U64", "F64"), 8),
-    "TOKEN": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -29,9 +22,9 @@ class Shape:
 
     @property
     def item_bytes(self) -> int:
-        if self.dtype not in _ITEM_BYTES:
-            raise GraphCostError(f"HLO element type {self.dtype} is not known; add its size to hlo.py")
-        return _ITEM_BYTES[self.dtype]
+        if self.dtype not in BY_HLO:
+            raise GraphCostError(f"HLO element type {self.dtype} is not known; add its size to dtypes.py")
+        return BY_HLO[self.dtype].item_bytes
 
     @property
     def bytes(self) -> int:

@@ -6,10 +6,10 @@ Nothing here was measured by us. It is for choosing between graphs, and no predi
 
 from dataclasses import dataclass
 
+from ..dtypes import BY_HLO
 from .count import Collective, GraphCost
 
 _CORES_PER_CHIP = 4  # logical cores at LNC 2; a chip has eight NeuronCores-v3
-_FAST_DTYPES = ("BF16", "F16", "F8E4M3FN", "F8E5M2")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def bound(cost: GraphCost, machine: Machine) -> Bound:
 
 
 def _peak(dtype: str, machine: Machine) -> float:
-    return machine.bf16_flops if dtype in _FAST_DTYPES else machine.f32_flops
+    return machine.bf16_flops if BY_HLO[dtype].item_bytes <= 2 else machine.f32_flops
 
 
 def _collective_seconds(collective: Collective, machine: Machine) -> float:

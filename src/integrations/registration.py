@@ -38,7 +38,7 @@ def add_model(module: ModuleType, keys: tuple[str, ...]) -> None:
         return
     try:
         from .. import backend
-        from ..modeling_deepseek import NeuronDeepseekV3ForCausalLM
+        from ..application import NeuronDeepseekV3ForCausalLM
 
         if backend.NAME != "nxdi":
             raise ConfigError(f"{backend.BACKEND_VARIABLE}={backend.NAME}; unset it")

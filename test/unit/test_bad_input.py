@@ -95,10 +95,13 @@ DAMAGES = {
     "unknown topk_method": (lambda d: edit_config(d, topk_method="greedy"), "topk_method 'greedy' is not supported"),
     "softmax scores": (lambda d: edit_config(d, scoring_func="softmax"), "scoring_func 'softmax' is not supported"),
     "missing field": (lambda d: edit_config(d, kv_lora_rank=None), "config.json: missing kv_lora_rank"),
-    "linear rope": (lambda d: edit_config(d, rope_scaling={"type": "linear", "factor": 2}), "rope_scaling type"),
+    "linear rope": (
+        lambda d: edit_config(d, rope_scaling={"type": "linear", "factor": 2}),
+        "rope_scaling: type is linear",
+    ),
     "unknown yarn field": (
         lambda d: edit_config(d, rope_scaling=DEMO_CONFIG["rope_scaling"] | {"truncate": False}),
-        "unsupported fields truncate",
+        "truncate False is not supported",
     ),
     "groups": (lambda d: edit_config(d, n_group=3), "n_group 3 does not divide 16 experts"),
     "too many experts per token": (lambda d: edit_config(d, num_experts_per_tok=9), "num_experts_per_tok 9 is not in"),

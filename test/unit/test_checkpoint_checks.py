@@ -151,14 +151,6 @@ DAMAGES = {
         "is a Git LFS pointer",
     ),
     "missing shard": (lambda d: shard_of(d, EXPERT).unlink(), "missing; download it"),
-    "zero block size": (
-        with_config(quantization_config=BLOCKS | {"weight_block_size": [0, 32]}),
-        "config.json: weight_block_size [0, 32]",
-    ),
-    "negative block size": (
-        with_config(quantization_config=BLOCKS | {"weight_block_size": [32, -32]}),
-        "config.json: weight_block_size [32, -32]",
-    ),
     "block size of other scales": (
         with_config(quantization_config=BLOCKS | {"weight_block_size": [64, 64]}),
         f"{EXPERT}{SCALE}: shape [3, 3], expected [2, 2]",
@@ -203,7 +195,6 @@ def test_all_are_told_at_once(model_dir, tmp_path, capsys):
     drop(bias)(model_dir)
     replace(other, lambda t: t[:-1].clone())(model_dir)
     replace(scale, nan_scale)(model_dir)
-    with_config(quantization_config=BLOCKS | {"weight_block_size": [32, -32]})(model_dir)
     lfs.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     problems = problems_of(model_dir, tmp_path)
     for message in (
@@ -211,7 +202,6 @@ def test_all_are_told_at_once(model_dir, tmp_path, capsys):
         f"{shard_of(model_dir, other)}: {other}: shape",
         f"{shard_of(model_dir, scale)}: {scale}: holds NaN",
         f"{lfs}: is a Git LFS pointer",
-        "config.json: weight_block_size",
     ):
         assert any(message in problem for problem in problems), (message, problems)
     assert main(["inspect", str(model_dir)]) == 1

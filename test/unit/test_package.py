@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def test_contrib_style_import_from_the_repository_root():
     code = "from src.modeling_deepseek import NeuronDeepseekV3ForCausalLM as cls; print(cls.__module__)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "src.modeling_deepseek"
+    assert result.stdout.strip() == "src.application"
 
 
 def test_only_the_seam_and_the_integrations_import_neuron_packages():

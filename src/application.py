@@ -1,0 +1,188 @@
+"""The causal LM that NxDI compiles, loads and runs: weights, requests, cache slots, compiler options."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backend
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.convert import StateDictSource, TensorSource, neuron_state_dict
+from .config import DeepseekV3InferenceConfig
+from .dtypes import dtype_name
+from .errors import ConfigError
+from .modeling_deepseek import NeuronDeepseekV3Model
+
+__all__ = ["NeuronDeepseekV3ForCausalLM"]
+
+
+class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
+    """The causal LM that NxDI compiles, loads and runs."""
+
+    _model_cls = NeuronDeepseekV3Model
+
+    @classmethod
+    def get_config_cls(cls) -> type[DeepseekV3InferenceConfig]:
+        return DeepseekV3InferenceConfig
+
+    @classmethod
+    def get_state_dict(cls, model_name_or_path: str, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
+        """The model's unsharded state dict, read from a checkpoint folder one tensor at a time."""
+        with Checkpoint(model_name_or_path) as checkpoint:
+            return _state_dict(checkpoint.reader, config)
+
+    @staticmethod
+    def convert_hf_to_neuron_state_dict(
+        state_dict: dict[str, Tensor], config: DeepseekV3InferenceConfig
+    ) -> dict[str, Tensor]:
+        """The same from a Hugging Face state dict in memory, with or without the `model.` prefix.
+
+        FP8 blocks are dequantized to torch_dtype, q_a and kv_a are joined, experts fused to [E, H, 2I] and [E, I, H],
+        the router's bias stays float32, rank tensors are added, MTP layers left out. Raises CheckpointError.
+        """
+        return _state_dict(StateDictSource(state_dict), config)
+
+    def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
+        """As the base class's, for cache slots in any order. Raises ConfigError when batch or prompt are too large.
+
+        NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says. And
+        where it is to infer the mask, that of a prompt of one token comes out empty.
+        """
+        self._check_request(input_ids)
+        positions = inputs.get("position_ids")
+        if inputs.get("attention_mask") is None and positions is not None and not positions.any():
+            inputs["attention_mask"] = torch.ones_like(positions)
+        if seq_ids is None or (seq_ids.diff() > 0).all():
+            return super().forward(input_ids=input_ids, seq_ids=seq_ids, **inputs)
+        order = seq_ids.argsort()
+
+        def reorder(value: Any, by: Tensor) -> Any:
+            return value[by] if isinstance(value, Tensor) and len(value) == len(by) else value
+
+        inputs = {name: reorder(value, order) for name, value in inputs.items()}
+        output = super().forward(input_ids=input_ids[order], seq_ids=seq_ids[order], **inputs)
+        for name, value in output.items():
+            output[name] = reorder(value, order.argsort())
+        return output
+
+    def _check_request(self, input_ids: Tensor) -> None:
+        """NxDI fails on these too, with an index error or deep in its wrappers."""
+        (batch, length), neuron_config = input_ids.shape, self.neuron_config
+        if batch > neuron_config.max_batch_size:
+            raise ConfigError(
+                f"batch of {batch} sequences exceeds batch_size {neuron_config.max_batch_size} of the NeuronConfig; "
+                "raise it or send fewer"
+            )
+        longest, truncates = neuron_config.max_context_length, getattr(neuron_config, "allow_input_truncation", False)
+        if length > longest and not truncates:
+            raise ConfigError(f"prompt of {length} tokens exceeds max_context_length {longest}; raise it or shorten it")
+
+    def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
+        """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later."""
+        if self._runs_on_neuron():
+            super().compile(compiled_model_path, *args, **kwargs)
+        else:
+            self.config.save(compiled_model_path)
+
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        """As NxDI's; with `on_cpu` in the NeuronConfig, NxDI's CPU mode."""
+        if backend.NAME == "nxdi" and not self._runs_on_neuron():
+            self.to_cpu()
+        else:
+            super().load(*args, **kwargs)
+
+    def to_cpu(self) -> None:
+        """As NxDI's CPU mode, with buckets, which need a model that knows the length of each."""
+        if backend.NAME == "nxdi" and "WORLD_SIZE" not in os.environ:
+            self._check_processes()
+        super().to_cpu()
+        for model in {wrapper.model for wrapper in getattr(self, "models", ())}:
+            model.register_forward_pre_hook(_follow_bucket)
+
+    def _runs_on_neuron(self) -> bool:
+        return backend.NAME == "nxdi" and not self.neuron_config.on_cpu
+
+    def _check_processes(self) -> None:
+        """NxD would quietly take the number of processes for the tensor-parallel degree."""
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        tp_degree = self.neuron_config.tp_degree
+        if processes != tp_degree:
+            raise ConfigError(
+                f"neuron_config: tp_degree {tp_degree} needs as many processes on the CPU, and has {processes}; "
+                f"set tp_degree to {processes}, or use torchrun"
+            )
+
+    @classmethod
+    def save_quantized_state_dict(cls, model_path: str, config: DeepseekV3InferenceConfig) -> None:
+        """Refuses, where NxDI's own would load the Hugging Face model into memory and quantize it there."""
+        raise ConfigError("neuron_config: quantized=True is not supported; FP8 weights are dequantized while loading")
+
+    @staticmethod
+    def load_hf_model(model_path: str) -> nn.Module:
+        """Hugging Face's model in float32, the judge of NxDI's accuracy checks. Raises ConfigError where it is too
+        large for this machine."""
+        from .reference import hugging_face_model
+
+        return hugging_face_model(model_path)
+
+    def checkpoint_loader_fn(self, mmap: bool = False) -> dict[str, Tensor]:
+        """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
+        return self.get_state_dict(self._checkpoint_dir(), self.config)
+
+    def shard_weights(
+        self, compiled_model_path: str, debug: bool = False, pre_shard_weights_hook: Callable[..., None] | None = None
+    ) -> None:
+        """Writes the files that NxDI's own writes, but streamed: NxDI holds all ranks in memory at once.
+
+        Files of the same sharding that are there already, of `nxdi-deepseek shard` or an earlier compile(), are kept.
+        """
+        from .checkpoint.sharder import shard_checkpoint
+
+        neuron_config = self.neuron_config
+        if neuron_config.skip_sharding or not neuron_config.save_sharded_checkpoint:
+            return
+        if pre_shard_weights_hook:
+            pre_shard_weights_hook(self)
+        dtype = dtype_name(neuron_config.torch_dtype)
+        ranks = range(neuron_config.start_rank_id, neuron_config.start_rank_id + neuron_config.local_ranks_size)
+        tp_degree = neuron_config.tp_degree
+        shard_checkpoint(self._checkpoint_dir(), compiled_model_path, tp_degree, dtype, ranks=ranks, resume=True)
+
+    def _checkpoint_dir(self) -> str:
+        """The checkpoint that the config was read from: a model can be built from its compiled folder alone."""
+        path = getattr(self.config, "_name_or_path", None)
+        return path if path and os.path.isdir(path) else self.model_path
+
+    @staticmethod
+    def update_state_dict_for_tied_weights(state_dict: dict[str, Tensor]) -> None:
+        """Nothing to do: the layout gives a tied head the embedding's weight."""
+
+    def get_compiler_args(self) -> str:
+        """neuronx-cc options: a transformer for trn2, numbers left in the dtype that the model gives them."""
+        neuron_config = self.neuron_config
+        options = [
+            "--model-type=transformer",
+            "-O1",
+            "--auto-cast=none",
+            "--enable-saturate-infinity",
+            "--enable-mixed-precision-accumulation",
+            f"--lnc={neuron_config.logical_nc_config}",
+            f"--tensorizer-options='--enable-ccop-compute-overlap "
+            f"--cc-pipeline-tiling-factor={neuron_config.cc_pipeline_tiling_factor}'",
+            "--internal-enable-dge-levels vector_dynamic_offsets",
+        ]
+        if neuron_config.scratchpad_page_size:
+            options.append(f"--hbm-scratchpad-page-size={neuron_config.scratchpad_page_size}")
+        return " ".join(options)
+
+
+def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
+    neuron_config = config.neuron_config
+    return neuron_state_dict(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree)
+
+
+def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:
+    """Tracing sets n_positions to each bucket's length; NxDI's CPU mode leaves it at seq_len."""
+    model.n_positions = args[1].shape[1]  # the attention mask
