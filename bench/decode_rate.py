@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nxdi_deepseek.accuracy.reference import hugging_face_model
 from nxdi_deepseek.modeling_deepseek import (
     DeepseekV3InferenceConfig,
     DeepseekV3NeuronConfig,
     NeuronDeepseekV3ForCausalLM,
     load_pretrained_config,
 )
-from nxdi_deepseek.reference import hugging_face_model
 from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
 
 # The released head sizes and routing (256 experts, 8 of them from 4 of 8 groups); everything else is smaller.

@@ -123,7 +123,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     def load_hf_model(model_path: str) -> nn.Module:
         """Hugging Face's model in float32, the judge of NxDI's accuracy checks. Raises ConfigError where it is too
         large for this machine."""
-        from .reference import hugging_face_model
+        from .accuracy.reference import hugging_face_model
 
         return hugging_face_model(model_path)
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import backend
-from ..reference import hugging_face_model, reference_logits
+from ..accuracy.reference import hugging_face_model, reference_logits
 from ..streaming import TextPrinter, generate_and_print
 from ..tiny_model import TINY_MODEL_DIR, load_goldens
 from .generate import load_model, right_pad

@@ -4,13 +4,11 @@ import argparse
 import sys
 import time
 
-import torch
-
-from ..accuracy.golden import make_golden
-from ..accuracy.greedy import Rule
-from ..accuracy.recording import Entry
+from ..accuracy.golden_run import make_golden
+from ..accuracy.recording import Entry, Rule
+from ..checkpoint.checkpoint import Checkpoint
+from ..dtypes import model_dtype
 from ..errors import ConfigError
-from ..model_config import load_model_config
 from .prompts import add_prompt_arguments, check_ids, load_tokenizer, parse_ids, read_generation_config, stop_tokens
 
 
@@ -34,19 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for option in ("max_new_tokens", "batch_size"):
-        if getattr(args, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
-    config = load_model_config(args.model_dir)
-    prompts, drafts = _prompts(args)
-    check_ids([prompt.prompt for prompt in prompts], config.vocab_size)
-    check_ids([draft for draft in drafts if draft], config.vocab_size)
-    stops = stop_tokens(read_generation_config(args.model_dir, config))
-    rule = Rule(args.max_new_tokens, tuple(stops), args.min_new_tokens)
-    dtype = getattr(torch, args.dtype)
-    recording = make_golden(
-        args.model_dir, prompts, drafts, rule, args.out, dtype, args.trace, args.batch_size, _Reporter()
-    )
+    for option, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("batch_size", 1)):
+        if getattr(args, option) < least:
+            raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least {least}")
+    with Checkpoint(args.model_dir) as checkpoint:
+        config = checkpoint.config
+        prompts, drafts = _prompts(args)
+        check_ids([prompt.prompt for prompt in prompts], config.vocab_size)
+        check_ids([draft for draft in drafts if draft], config.vocab_size)
+        stops = stop_tokens(read_generation_config(args.model_dir, config))
+        rule = Rule(args.max_new_tokens, tuple(stops), args.min_new_tokens)
+        dtype = model_dtype(args.dtype)
+        recording = make_golden(
+            checkpoint, prompts, drafts, rule, args.out, dtype, args.trace, args.batch_size, _Reporter()
+        )
     for entry in recording.entries:
         print(" ".join(map(str, entry.tokens)))
     print(f"{args.out}: logits of {sum(len(entry.tokens) for entry in recording.entries)} tokens by {recording.source}")

@@ -17,7 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 nxdi.require_nxdi()
 
 from nxdi_deepseek import cli  # noqa: E402
-from nxdi_deepseek.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 
 PROMPT = [5, 17, 42, 9, 88]

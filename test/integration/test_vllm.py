@@ -25,7 +25,7 @@ if not PYTHON:
     pytest.skip("no vLLM: VLLM_NEURON_PYTHON does not name its interpreter", allow_module_level=True)
 nxdi.require_nxdi()
 
-from nxdi_deepseek.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 
 NEW_TOKENS = 12

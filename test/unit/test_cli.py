@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from nxdi_deepseek import reference
+from nxdi_deepseek.accuracy import reference
+from nxdi_deepseek.accuracy.reference import hugging_face_model
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.commands import demo
-from nxdi_deepseek.reference import hugging_face_model
 from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

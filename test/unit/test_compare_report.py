@@ -6,14 +6,11 @@ import json
 
 import pytest
 import torch
-from nxdi_deepseek.accuracy.bisect import compare_traces, flip_margin
-from nxdi_deepseek.accuracy.compare import compare
-from nxdi_deepseek.accuracy.gates import DEFAULTS, failed_gates, read_gates
-from nxdi_deepseek.accuracy.metrics import pearson, row_errors, token_metrics
-from nxdi_deepseek.accuracy.nxdi_rule import judge
+from nxdi_deepseek.accuracy.comparison import DEFAULTS, compare, failed_gates, read_gates
+from nxdi_deepseek.accuracy.metrics import judge, pearson, row_errors, tie_margin, token_metrics
 from nxdi_deepseek.accuracy.recording import Entry, Recording, load_recording
 from nxdi_deepseek.accuracy.report import print_table, write_report
-from nxdi_deepseek.accuracy.rounding import tie_margin
+from nxdi_deepseek.accuracy.tracing import compare_traces, flip_margin
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import ConfigError
 from safetensors.torch import save_file

@@ -1,17 +1,55 @@
-"""Compares a run of the model with golden outputs, and says what that means."""
+"""Compares a run of the model with golden outputs, and judges the result by gates.
 
+A gates file is JSON with names of metrics and a bound for each: {"top1_agreement": 0.95, "kl_max": 0.1}
+"""
+
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .bisect import Findings
-from .gates import failed_gates
-from .metrics import pearson, token_metrics
-from .nxdi_rule import Verdict, judge
+from .metrics import Verdict, coarser, judge, pearson, tie_margin, token_metrics
 from .recording import Recording
-from .rounding import coarser, tie_margin
+from .tracing import Findings
+
+# Metric -> whether the bound is the least ("min") or the most ("max") that passes.
+DIRECTIONS = {
+    "top1_exact": "min",
+    "top1_agreement": "min",
+    "top5_agreement": "min",
+    "max_difference": "max",
+    "mean_difference": "max",
+    "kl_mean": "max",
+    "kl_max": "max",
+    "pearson": "min",
+    "nxdi_passed": "min",
+    "decode_prefill_top1": "min",
+    "decode_prefill_max_difference": "max",
+}
+
+# Without a gates file. float32: rounding, with a factor of some tens; choices may differ in ties only. bfloat16: at
+# most one token in ten differs (TT-Metal's gate for DeepSeek-V3), KL as MaxText bounds it for the 671B model.
+DEFAULTS = {
+    "float32": {
+        "top1_agreement": 1.0,
+        "top5_agreement": 1.0,
+        "max_difference": 1e-3,
+        "kl_max": 1e-6,
+        "pearson": 0.99999,
+        "nxdi_passed": 1.0,
+        "decode_prefill_top1": 1.0,
+        "decode_prefill_max_difference": 1e-3,
+    },
+    "bfloat16": {"top1_exact": 0.9, "top5_agreement": 0.98, "kl_mean": 0.1, "decode_prefill_top1": 0.9},
+}
+
+
+_LARGEST_BOUND = 1e30
+_SAME_PROMPTS = "record it with the same ones"
 
 
 @dataclass
@@ -37,19 +75,23 @@ class Prompt:
 
 @dataclass
 class Comparison:
-    """metrics: name -> value, None where not measured; names as in gates.py, and counts. failures: gate -> why.
-    findings: of the traces, None where they were not compared."""
+    """metrics: name -> value, None where not measured; names as in DIRECTIONS, and counts. failures: gate -> why.
+    lengths: where the run is not as long as golden, a line each. findings: of the traces, None where they were not
+    compared."""
 
     golden: Recording
     run: Recording
     prompts: list[Prompt]
     metrics: dict[str, float | None]
     gates: dict[str, float]
+    lengths: list[str] = field(default_factory=list)
     findings: Findings | None = None
     failures: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.failures = failed_gates(self.metrics, self.gates)
+        if self.lengths:
+            self.failures["length"] = "; ".join(self.lengths)
         if self.findings and self.findings.origin:
             self.failures["trace"] = str(self.findings.origin)
 
@@ -67,21 +109,42 @@ def compare(
 ) -> Comparison:
     """prefilled: what the same model gives for the same tokens without decoding, float32 [T, vocab] for each prompt.
 
-    Where the run has other tokens than golden, it is compared up to the first one. Raises ConfigError for recordings of
-    different models or prompts.
+    Where the run has other tokens than golden, it is compared up to the first one; with more or fewer tokens it fails.
+    Raises ConfigError for recordings of different models or prompts.
     """
-    _check_same(golden, run)
+    check_same_model(golden, run.dimensions)
+    _check_same_prompts(golden, run)
     prompts = [_compare_prompt(golden, run, i) for i in range(len(golden.entries))]
     metrics = _metrics(prompts) | _decode_prefill(run, prefilled)
-    return Comparison(golden, run, prompts, metrics, gates, findings)
+    return Comparison(golden, run, prompts, metrics, gates, list(_lengths(golden, run)), findings)
 
 
-def _check_same(golden: Recording, run: Recording) -> None:
+def check_same_model(golden: Recording, dimensions: dict[str, int]) -> None:
+    """Raises ConfigError where a run of a model of these dimensions cannot be compared with golden."""
     for name, size in golden.dimensions.items():
-        if run.dimensions[name] != size:
-            raise ConfigError(f"{name} is {size} in the golden outputs and {run.dimensions[name]} in the run")
+        if dimensions.get(name) != size:
+            raise ConfigError(
+                f"{name} is {size} in the golden outputs and {dimensions.get(name)} in the run: another model; compare "
+                "with the outputs of the same checkpoint"
+            )
+
+
+def _check_same_prompts(golden: Recording, run: Recording) -> None:
+    counts = len(golden.entries), len(run.entries)
+    if counts[0] != counts[1]:
+        raise ConfigError(f"the golden outputs have {counts[0]} prompts and the run {counts[1]}; {_SAME_PROMPTS}")
     if [entry.prompt for entry in golden.entries] != [entry.prompt for entry in run.entries]:
-        raise ConfigError("the run has other prompts than the golden outputs; record it with the same ones")
+        raise ConfigError(f"the run has other prompts than the golden outputs; {_SAME_PROMPTS}")
+
+
+def _lengths(golden: Recording, run: Recording) -> Iterator[str]:
+    """A line for each prompt after which the run is not as long as golden: what is missing was never compared."""
+    for i, (entry, other) in enumerate(zip(golden.entries, run.entries, strict=True)):
+        own = entry.tokens if other.own_tokens is None else other.own_tokens
+        if len(other.tokens) != len(entry.tokens):
+            yield f"prompt {i}: the run has {len(other.tokens)} tokens and golden {len(entry.tokens)}"
+        elif len(own) != len(entry.tokens) and _common(own, entry.tokens) == min(len(own), len(entry.tokens)):
+            yield f"prompt {i}: the free run ends after {len(own)} tokens and golden after {len(entry.tokens)}"
 
 
 def _compare_prompt(golden: Recording, run: Recording, index: int) -> Prompt:
@@ -155,3 +218,34 @@ def _decode_prefill(run: Recording, prefilled: list[Tensor] | None) -> dict[str,
 
 def _share(flags: Tensor) -> float:
     return float(flags.double().mean())
+
+
+def read_gates(path: str | Path) -> dict[str, float]:
+    """Raises ConfigError for a file that is no JSON object of known names and numbers."""
+    try:
+        gates = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(gates, dict):
+        raise ConfigError(f'{path}: holds no JSON object; write {{"top1_agreement": 0.95}}')
+    if not gates:
+        raise ConfigError(f"{path}: holds no gate; the gates are {', '.join(DIRECTIONS)}")
+    for name, bound in gates.items():
+        if name not in DIRECTIONS:
+            raise ConfigError(f"{path}: {name} is no gate; the gates are {', '.join(DIRECTIONS)}")
+        # false for NaN and infinity too
+        if isinstance(bound, bool) or not (isinstance(bound, int | float) and abs(bound) < _LARGEST_BOUND):
+            raise ConfigError(f"{path}: {name}: {bound!r} must be a number")
+    return gates
+
+
+def failed_gates(metrics: dict[str, float | None], gates: dict[str, float]) -> dict[str, str]:
+    """Gate -> why it fails, for those that do. NaN fails every gate; what was not measured (None) fails none."""
+    failed = {}
+    for name, bound in gates.items():
+        value = metrics[name]
+        if value is None:
+            continue
+        if not (value >= bound if DIRECTIONS[name] == "min" else value <= bound):
+            failed[name] = f"{value:.3g} {'below' if DIRECTIONS[name] == 'min' else 'above'} {bound:g}"
+    return failed

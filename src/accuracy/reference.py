@@ -1,0 +1,163 @@
+"""The judge: Hugging Face's own classes for a checkpoint folder, their config, their weights, and the whole model."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checks import check_tensors, weight_block_size
+from ..checkpoint.convert import read_weight
+from ..checkpoint.fp8 import SCALE_SUFFIX
+from ..checkpoint.layout import model_layout
+from ..checkpoint.reader import CheckpointReader
+from ..errors import ConfigError
+from ..model_config import ModelConfig
+
+_BIAS = "e_score_correction_bias"
+_CAUSAL_LM = "ForCausalLM"
+# Fields of ModelConfig that transformers' config does not get, or gets in a form of its own.
+_CONVERTED = {"model_type", "dtype", "quantization", "num_nextn_predict_layers", "rope_scaling", "eos_token_id"}
+
+
+def judge_class(config: ModelConfig, part: str = _CAUSAL_LM) -> type[nn.Module]:
+    """transformers' class that judges this member of the family, or a module of it: `Attention`, `MLP`, ..."""
+    judge = config.member.judge
+    modeling = sys.modules[getattr(transformers, judge).__module__]
+    return getattr(modeling, judge.removesuffix(_CAUSAL_LM) + part)
+
+
+def hugging_face_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """transformers' config for unquantized weights and eager attention.
+
+    It gets the fields that this package reads and no others: a stray `head_dim` or `num_key_value_heads` would make it
+    another model's. Raises ConfigError where transformers refuses a value.
+    """
+    config = checkpoint.config
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _CONVERTED}
+    stop_tokens = list(config.eos_token_id)
+    try:
+        return judge_class(config).config_class(
+            **values,
+            num_key_value_heads=config.num_attention_heads,
+            rope_scaling=_rope_scaling(checkpoint),
+            num_nextn_predict_layers=0,
+            eos_token_id=stop_tokens[0] if len(stop_tokens) == 1 else stop_tokens or None,
+            attn_implementation="eager",
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{checkpoint.folder / 'config.json'}: transformers refuses it ({reason})") from None
+
+
+def _rope_scaling(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What config.json says of YaRN under either of its names; transformers fills in the rest in its own way."""
+    scaling = checkpoint.config.rope_scaling
+    if scaling is None:
+        return None
+    stated = checkpoint.fields.get("rope_parameters") or checkpoint.fields["rope_scaling"]
+    return {"rope_type": "yarn"} | {k: v for k, v in asdict(scaling).items() if stated.get(k) is not None}
+
+
+class Weights:
+    """The tensors of a checkpoint by Hugging Face name, read on demand: memory holds what is asked for, no more.
+
+    They come dequantized to `dtype` (the router's correction bias to float32). They are read, not mapped: mapped pages
+    of 163 shards would count as this process's memory. Raises CheckpointError listing what does not fit config.json.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
+        self.reader, self.dtype = checkpoint.reader, dtype
+        check_tensors(self.reader, checkpoint.config)
+        self.block_size = weight_block_size(checkpoint.config)
+
+    def get(self, name: str) -> Tensor:
+        """A whole tensor."""
+        return self.rows(name, 0, self.reader.shape(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a tensor."""
+        aligned = start - start % self.block_size[0]
+        source = _Rows(self.reader, aligned, stop, self.block_size[0])
+        dtype = torch.float32 if name.endswith(_BIAS) else self.dtype
+        return read_weight(source, name, dtype, self.block_size)[start - aligned :]
+
+    def load(self, build: Callable[[], nn.Module], prefix: str) -> nn.Module:
+        """A Hugging Face module with its weights: `prefix` and the module's own names make the checkpoint's."""
+        with torch.device("meta"):
+            module = build()
+        module.load_state_dict({name: self.get(prefix + name) for name in module.state_dict()}, assign=True)
+        return module.eval()
+
+
+class _Rows:
+    """What read_weight takes: some rows of each weight, with the rows of its scale that belong to them."""
+
+    def __init__(self, reader: CheckpointReader, start: int, stop: int, block_rows: int):
+        self.reader, self.start, self.stop, self.block_rows = reader, start, stop, block_rows
+
+    def describe(self, name: str) -> str:
+        return self.reader.describe(name)
+
+    def get(self, name: str) -> Tensor:
+        step = self.block_rows if name.endswith(SCALE_SUFFIX) else 1
+        start, stop = self.start // step, -(-self.stop // step)
+        shape = (stop - start, *self.reader.shape(name)[1:])
+        buffer = np.empty((stop - start) * self.reader.entries[name].row_bytes, np.uint8)
+        self.reader.read_rows(name, start, stop, buffer)
+        return torch.from_numpy(buffer).view(self.reader.dtype(name)).view(shape)
+
+
+def hugging_face_model(model_dir: str | Path) -> PreTrainedModel:
+    """Loads a checkpoint folder, FP8 or not, into transformers' class in float32 with eager attention.
+
+    Raises ConfigError when the machine's memory cannot hold it, or the class has weights that the checkpoint has not.
+    """
+    with Checkpoint(model_dir) as checkpoint:
+        _check_memory(checkpoint.config)
+        weights = Weights(checkpoint, torch.float32)
+        names = (part.name for spec in model_layout(checkpoint.config) for part in spec.sources)
+        model, report = judge_class(checkpoint.config).from_pretrained(
+            None,
+            config=hugging_face_config(checkpoint),
+            state_dict={name: weights.get(name) for name in names},
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    _check_loaded(model, report)
+    return model.eval()
+
+
+def _check_loaded(model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """transformers fills what it misses with random numbers."""
+    random = [name for name in report["missing_keys"] if model.get_parameter(name).numel()]
+    if random or report["mismatched_keys"]:
+        names = sorted(random + [str(key) for key in report["mismatched_keys"]])
+        raise ConfigError(
+            f"config.json: transformers' {type(model).__name__} cannot be this model: its {names[0]} and "
+            f"{len(names) - 1} more have no weights in the checkpoint; is moe_layer_freq not 1?"
+        )
+
+
+def _check_memory(config: ModelConfig) -> None:
+    needed = sum(spec.numel for spec in model_layout(config)) * torch.float32.itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"Hugging Face's model in float32 needs {needed / 2**30:.0f} GiB of memory, and this machine has "
+            f"{memory / 2**30:.0f}; compare with saved outputs instead (inference_demo: --expected-outputs-path)"
+        )
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
+    """Logits float32 [S, vocab] after each token of one sequence, unpadded and uncached."""
+    return model(torch.tensor([token_ids]), use_cache=False).logits[0].to(torch.float32)
