@@ -10,8 +10,8 @@ divergence tolerance at most.
 Rounding is the yardstick for ties and traces. Independent roundings add up like a random walk: after n of them the
 relative error is about sqrt(n) * u, u the unit roundoff (Higham and Mary, "A new approach to probabilistic rounding
 error analysis", 2019). A layer rounds what goes on to the next one about 4 times: after attention, after the MLP, and
-at the two additions. In float32 every sum of K products adds its K roundings to these; in bfloat16 it does not, since sums
-are kept in float32 and rounded once.
+at the two additions. In float32 every sum of K products adds its K roundings to these; in bfloat16 it does not, since
+sums are kept in float32 and rounded once.
 """
 
 from dataclasses import dataclass

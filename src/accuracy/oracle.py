@@ -5,6 +5,7 @@ experts. What is not: the residual additions and the weighted sum over experts, 
 and need only a part of the weights at a time here. Equality with the whole model is tested.
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -58,8 +59,11 @@ class LayerOracle:
         self.hf_config = hugging_face_config(checkpoint)
         self.weights = Weights(checkpoint, dtype)
         self.rotary = judge_class(self.config, "RotaryEmbedding")(self.hf_config)
+        attention = judge_class(self.config, "Attention")
         # transformers 5 caches the latent, transformers 4 the keys and values of all heads
-        self._compressed = hasattr(judge_class(self.config, "Attention"), "expand_kv")
+        self._compressed = hasattr(attention, "expand_kv")
+        # as it has come to be called in the course of transformers 5
+        self._cache_argument = "cache" if "cache" in signature(attention.forward).parameters else "past_key_values"
 
     @property
     def cache_width(self) -> int:
@@ -132,7 +136,7 @@ class LayerOracle:
                     hidden_states=normed[None],
                     position_embeddings=self.rotary(h[None], positions),
                     attention_mask=_causal_mask(length, len(h), self.dtype),
-                    past_key_values=caches[i],
+                    **{self._cache_argument: caches[i]},
                 )
             k_pe = caches[i].rotary_keys(self.config.qk_rope_head_dim, self._compressed)
             put(trace, "self_attn.k_pe", {i: k_pe[length:]})

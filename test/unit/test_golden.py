@@ -268,7 +268,7 @@ def test_estimate_of_space_is_what_is_written(name, tmp_path, monkeypatch):
         make_golden(checkpoint, prompts, [[], []], Rule(3), tmp_path / "out", trace=True)
         needed = space_needed(LayerOracle(checkpoint), prompts, 3, trace=True)
     written = sum(len(content) for content in files(tmp_path / "out").values())
-    assert needed == pytest.approx(written, rel=0.08)
+    assert 0.85 * needed < written < needed  # the rest is for files that are written beside the ones they replace
 
 
 def test_a_full_disk_is_told_before_the_first_byte(model_dir, made, tmp_path, monkeypatch, capsys):
