@@ -137,13 +137,14 @@ def hugging_face_model(model_dir: str | Path) -> PreTrainedModel:
 
 
 def _check_loaded(model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """transformers fills what it misses with random numbers."""
-    random = [name for name in report["missing_keys"] if model.get_parameter(name).numel()]
-    if random or report["mismatched_keys"]:
-        names = sorted(random + [str(key) for key in report["mismatched_keys"]])
+    """transformers fills what it misses with random numbers, and leaves out what it does not know."""
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    keys = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    odd = sorted(str(name) for key in keys for name in report[key] if sizes.get(name) != 0)
+    if odd:
         raise ConfigError(
-            f"config.json: transformers' {type(model).__name__} cannot be this model: its {names[0]} and "
-            f"{len(names) - 1} more have no weights in the checkpoint; is moe_layer_freq not 1?"
+            f"config.json: transformers' {type(model).__name__} is another model: {odd[0]} and {len(odd) - 1} more "
+            "weights are in one of the two only, or of another shape; is moe_layer_freq not 1?"
         )
 
 
