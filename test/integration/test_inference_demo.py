@@ -124,6 +124,28 @@ def test_logit_matching_fails_when_a_weight_is_changed(damaged, expected_outputs
     assert "LogitMatchingValidationError" in result.stderr
 
 
+@pytest.mark.parametrize("kept", [3, SEQ_LEN - len(PROMPT) - 1])
+def test_expected_outputs_of_another_length_do_not_pass(demo, checkpoint, hf_model, tmp_path, kept):
+    """NxDI alone would compare what is there and pass."""
+    output = generate(hf_model, PROMPT)
+    outputs = GenerateDecoderOnlyOutput(
+        sequences=output.sequences[:, : len(PROMPT) + kept], scores=output.scores[:kept]
+    )
+    torch.save(outputs, tmp_path / "short.pt")
+    options = check("logit-matching", str(tmp_path / "short.pt"))
+    status, _, err = demo(*arguments_for(checkpoint, tmp_path, *options))
+    assert status == 2
+    assert f"holds {kept} tokens and the run makes {SEQ_LEN - len(PROMPT)}" in err.splitlines()[-1]
+    status, _, err = demo(*arguments_for(checkpoint, tmp_path, *options, "--num-tokens-to-check", str(kept + 1)))
+    assert status == 2
+    assert f"holds {kept} tokens and the run makes {kept + 1}" in err.splitlines()[-1]
+    status, out, _ = demo(*arguments_for(checkpoint, tmp_path, *options, "--num-tokens-to-check", str(kept)))
+    assert status == 0
+    assert f"All {kept} tokens passed validation" in out
+    with pytest.raises((AssertionError, RuntimeError)):
+        demo(*arguments_for(checkpoint, tmp_path, *check("token-matching", str(tmp_path / "short.pt"))))
+
+
 def test_token_matching_passes(demo, checkpoint, expected_outputs, tmp_path):
     status, out, _ = demo(*arguments_for(checkpoint, tmp_path, *check("token-matching", expected_outputs)))
     assert status == 0
