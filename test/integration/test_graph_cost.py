@@ -7,18 +7,18 @@ import functools
 import importlib
 
 import pytest
-from nxdi_deepseek import neuron_stand_ins
+from nxdi_deepseek.without_sdk import stand_ins
 from support import nxdi
 
 nxdi.require_nxdi()
-if neuron_stand_ins.is_stand_in(importlib.import_module("torch_xla")):
+if stand_ins.is_stand_in(importlib.import_module("torch_xla")):
     pytest.skip("torch_xla is not installed", allow_module_level=True)
 
 from nxdi_deepseek.errors import GraphCostError  # noqa: E402
+from nxdi_deepseek.example_configs import RELEASED_CONFIG as C  # noqa: E402
 from nxdi_deepseek.graph_cost.lowerer import Lowerer  # noqa: E402
 from nxdi_deepseek.graph_cost.request import Request  # noqa: E402
 from nxdi_deepseek.mla import MAX_QUERY_BLOCKS, QUERY_BLOCK  # noqa: E402
-from nxdi_deepseek.synthetic import RELEASED_CONFIG as C  # noqa: E402
 
 TP = 64
 HIDDEN, HEADS = C["hidden_size"], C["num_attention_heads"] // TP
