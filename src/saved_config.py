@@ -12,15 +12,9 @@ from typing import Any
 from .errors import ConfigError
 
 CONFIG_FILE = "neuron_config.json"
-# Classes are restored from these packages only.
-_TRUSTED = (
-    "neuronx_distributed",
-    "neuronx_distributed_inference",
-    "neuronxcc",
-    "nki",
-    "nkilib",
-    __name__.partition(".")[0],
-)
+# Classes are restored from these packages only, the last of which is this one.
+_OURS = __name__.partition(".")[0]
+_TRUSTED = ("neuronx_distributed", "neuronx_distributed_inference", "neuronxcc", "nki", "nkilib", _OURS)
 
 
 def check_saved_config(text: str) -> None:

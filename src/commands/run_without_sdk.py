@@ -13,7 +13,8 @@ from ..without_sdk.nxdi_source import find_nxdi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("program", metavar="COMMAND", help="such as nxdi-deepseek, vllm, torchrun, pytest or python")
-    parser.add_argument("arguments", metavar="ARG", nargs=argparse.REMAINDER, help="the command's own, passed on")
+    rest = parser.add_argument("arguments", metavar="ARG", nargs=argparse.REMAINDER, help="the command's own")
+    rest.required = False
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     program = _find_program(args.program)
     sys.stdout.flush()
     try:
-        os.execve(program, [args.program, *args.arguments], cpu_environment())
+        # By its full path: a Python finds its environment from the name it is called by.
+        os.execve(program, [program, *args.arguments], cpu_environment())
     except OSError as error:
         raise ConfigError(f"{program}: cannot be run ({error.strerror})") from None
 

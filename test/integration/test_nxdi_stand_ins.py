@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+from nxdi_deepseek.errors import DeepseekError
 from nxdi_deepseek.without_sdk import nxdi_source, stand_ins
 from support import nxdi
 
@@ -170,6 +171,7 @@ def test_missing_source_is_explained_in_one_line(tmp_path, monkeypatch):
         nxdi_source.find_nxdi_source()
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+    assert isinstance(error.value, DeepseekError)
 
 
 def test_version_is_visible():
