@@ -62,7 +62,9 @@ def import_constants(tmp_path, prepare):
     }
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()[-1], [line for line in result.stderr.splitlines() if "UserWarning: DeepSeek" in line]
+    return result.stdout.splitlines()[-1], [
+        line for line in result.stderr.splitlines() if "UserWarning: DeepSeek" in line
+    ]
 
 
 def test_registration_needs_no_cache_of_compiled_kernels(tmp_path):
