@@ -59,7 +59,7 @@ def _positive(text: str) -> float:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"is not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise argparse.ArgumentTypeError("is not a JSON object")

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..errors import GraphCostError
 from .request import Request
 
+_OUR_CLASS = "NeuronDeepseekV3ForCausalLM"
+
 
 class Part(nn.Module):
     """A part of the model that returns the hidden states (or logits) and the new key/values, and its inputs."""
@@ -89,16 +91,21 @@ def _check_names(given: dict[str, Any], neuron_config: Any) -> None:
 
 
 def _causal_lm_class(impl: str | None) -> type[NeuronBaseForCausalLM]:
+    """The causal LM that a modeling_deepseek.py defines, or hands out under the name that ours has."""
     if impl is None:
-        name = f"{__package__.rpartition('.')[0]}.modeling_deepseek"
+        package = __package__.rpartition(".")[0]
     else:
         # By its folder's name, which the modules inside may use to import each other.
         folder = Path(impl).resolve()
         sys.path.insert(0, str(folder.parent))
-        name = f"{folder.name}.modeling_deepseek"
-    module = importlib.import_module(name)
-    defined = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
-    return next(value for value in defined if issubclass(value, NeuronBaseForCausalLM))
+        package = folder.name
+    module = importlib.import_module(f"{package}.modeling_deepseek")
+    defined = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    classes = [value for value in defined if isinstance(value, type) and issubclass(value, NeuronBaseForCausalLM)]
+    found = classes[0] if classes else getattr(module, _OUR_CLASS, None)
+    if found is None:
+        raise GraphCostError(f"{module.__file__} defines no subclass of NxDI's NeuronBaseForCausalLM")
+    return found
 
 
 def _load_config(request: Request) -> Any:

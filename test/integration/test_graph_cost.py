@@ -172,3 +172,9 @@ def test_a_model_that_reads_a_value_is_refused(lowerer, tmp_path, read):
     request = Request("attention", "decode", 512, 1, config=C, impl=str(tmp_path))
     with pytest.raises(GraphCostError, match="reads a tensor's value"):
         lowerer.cost(request)
+
+
+def test_a_neuron_config_field_that_nxdi_would_ignore_is_refused(lowerer):
+    fields = {"sequence_paralel_enabled": True, "disable_normalize_top_k_affinities": True}
+    with pytest.raises(GraphCostError, match="NeuronConfig has no sequence_paralel_enabled; remove it$"):
+        lowerer.cost(Request("attention", "decode", 512, 1, config=C, neuron_config=fields))
