@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from nxdi_deepseek.accuracy.reference import hugging_face_model
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from nxdi_deepseek.modeling_deepseek import (
     DeepseekV3InferenceConfig,
     DeepseekV3NeuronConfig,
     NeuronDeepseekV3ForCausalLM,
     load_pretrained_config,
 )
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
 
 # The released head sizes and routing (256 experts, 8 of them from 4 of 8 groups); everything else is smaller.
 CONFIG = {field: value for field, value in DEMO_CONFIG.items() if field != "quantization_config"} | {

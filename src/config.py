@@ -1,6 +1,5 @@
 """How the model runs: NxDI's NeuronConfig with what this model needs, and the NxDI config that holds a ModelConfig."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from . import backend
 from .dtypes import BY_TORCH
 from .errors import ConfigError
 from .model_config import ModelConfig, load_model_config, read_config_json, read_model_config
+from .saved_config import check_saved_config, restore_enums
 
 # NeuronConfig fields that this model does not implement: the only value that works, and what to do about it.
 _UNSUPPORTED = {
@@ -38,8 +38,6 @@ _UNSUPPORTED = {
     "fused_qkv": (False, "leave it off; the down-projections are always fused"),
     "quantized": (False, "FP8 checkpoints are dequantized while loading"),
 }
-# Classes that NxDI saves by name in neuron_config.json are restored from these packages only.
-_TRUSTED_PACKAGES = ("neuronx_distributed", "neuronx_distributed_inference", "neuronxcc", "nki", "nkilib")
 # Fields of ModelConfig that config.json has in another form.
 _OTHER_FORM_IN_JSON = ("rope_theta", "rope_scaling", "quantization", "dtype", "eos_token_id")
 # What NxDI asks of a config and a config.json may leave out.
@@ -68,29 +66,10 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
 
 def _from_saved(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What NxDI's constructors take, where its neuron_config.json holds something else."""
-    kwargs = {name: _restore_enums(value) for name, value in kwargs.items()}
+    kwargs = {name: restore_enums(value) for name, value in kwargs.items()}
     if "normalize_top_k_affinities" in kwargs:
         kwargs["disable_normalize_top_k_affinities"] = not kwargs.pop("normalize_top_k_affinities")
     return kwargs
-
-
-def _restore_enums(value: Any) -> Any:
-    """NxDI writes an enum's member as the dict of its attributes, and does not read it back."""
-    if not isinstance(value, dict):
-        return value
-    if "_name_" in value:
-        return _saved_class(value)[value["_name_"]]
-    return {name: _restore_enums(item) for name, item in value.items()}
-
-
-def _saved_class(value: dict[str, Any]) -> Any:
-    try:
-        module, name = value["__objclass__"]["__module__"], value["__objclass__"]["__name__"]
-        if module.partition(".")[0] not in _TRUSTED_PACKAGES:
-            raise ConfigError(f"neuron_config.json names the class {module}.{name}, which is none of NxDI's; remove it")
-        return getattr(importlib.import_module(module), name)
-    except (KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(f"neuron_config.json: {value} names no class that is installed ({error!r})") from None
 
 
 class DeepseekV3InferenceConfig(backend.InferenceConfig):
@@ -108,6 +87,12 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
     @classmethod
     def get_neuron_config_cls(cls) -> type[DeepseekV3NeuronConfig]:
         return DeepseekV3NeuronConfig
+
+    @classmethod
+    def from_json_string(cls, json_string: str, **kwargs: Any) -> "DeepseekV3InferenceConfig":
+        """From the text of a neuron_config.json. Raises ConfigError for one that names classes of other packages."""
+        check_saved_config(json_string)
+        return super().from_json_string(json_string, **kwargs)
 
     def add_derived_config(self) -> None:
         """Gives NxDI, which reads attributes, what it asks for: checked values, and those that a file may leave out."""

@@ -87,7 +87,11 @@ class InferenceConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "InferenceConfig":
-        fields = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+        return cls.from_json_string((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+
+    @classmethod
+    def from_json_string(cls, json_string: str) -> "InferenceConfig":
+        fields = json.loads(json_string)
         return cls(cls.get_neuron_config_cls()(**fields.pop("neuron_config")), **fields)
 
 

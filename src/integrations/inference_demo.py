@@ -15,7 +15,10 @@ from .registration import INFERENCE_DEMO, register
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs inference_demo on `argv`, by default this process's arguments. Raises ConfigError where NxDI is missing."""
     if importlib.util.find_spec(INFERENCE_DEMO.partition(".")[0]) is None:
-        raise ConfigError("inference-demo is a part of neuronx_distributed_inference, which is not installed")
+        raise ConfigError(
+            "inference-demo is a part of neuronx_distributed_inference, which is not installed; `nxdi-deepseek "
+            "without-sdk nxdi-deepseek inference-demo ...` uses its source on the CPU"
+        )
     register()
     inference_demo = importlib.import_module(INFERENCE_DEMO)
     _allow_generate_outputs()

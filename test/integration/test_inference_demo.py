@@ -11,13 +11,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import nxdi, without_sdk
+from support import nxdi
 from transformers.generation import GenerateDecoderOnlyOutput
 
 nxdi.require_nxdi()
 
 from nxdi_deepseek import cli  # noqa: E402
 from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 
 PROMPT = [5, 17, 42, 9, 88]
@@ -76,7 +77,7 @@ def demo(monkeypatch, capsys):
 
 
 def run_process(module, *arguments):
-    environment = without_sdk.environment() | {"OMP_NUM_THREADS": "1"}
+    environment = cpu_environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True)
 
 

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from nxdi_deepseek.without_sdk import stand_ins
 from support import nxdi
 
 nxdi.require_nxdi()
@@ -36,7 +37,7 @@ def shard_with_nxdi(model_dir, out_dir, tp_degree, dtype, monkeypatch):
     """As NxDI's compile() does. In CPU mode its mock of torch.distributed could not make process groups."""
     monkeypatch.setenv("NXD_CPU_MODE", "0")
     torch_neuronx = importlib.import_module("torch_neuronx")
-    if nxdi.neuron_stand_ins.is_stand_in(torch_neuronx):
+    if stand_ins.is_stand_in(torch_neuronx):
         monkeypatch.setattr(torch_neuronx, "__version__", "2", raising=False)
     neuron = {"torch_dtype": getattr(torch, dtype), "save_sharded_checkpoint": True, "batch_size": 1}
     model = NeuronDeepseekV3ForCausalLM(str(model_dir), load_config(model_dir, tp_degree=tp_degree, **neuron))

@@ -8,9 +8,10 @@ from nxdi_deepseek.accuracy.golden_run import make_golden
 from nxdi_deepseek.accuracy.recording import Entry, Rule
 from nxdi_deepseek.accuracy.runner import evaluate
 from nxdi_deepseek.checkpoint.checkpoint import Checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from nxdi_deepseek.modeling_deepseek import NeuronDeepseekV3ForCausalLM
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from support import planted_faults as faults

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from nxdi_deepseek.synthetic import write_checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from support.models import V3

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import ConfigError
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from safetensors.torch import load_file, save_file
 from support.models import V3, Session, load_model, make_config, random_prompts
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.checkpoint.summary import inspect_checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_sparse_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError
-from nxdi_deepseek.synthetic import write_sparse_checkpoint
 from safetensors.torch import load_file, save_file
 from support.encodings import SCALE, edit, write_encoded
 from support.models import RELEASED

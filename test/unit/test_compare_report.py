@@ -11,9 +11,10 @@ from nxdi_deepseek.accuracy.metrics import judge, pearson, row_errors, tie_margi
 from nxdi_deepseek.accuracy.recording import Entry, Recording, load_recording
 from nxdi_deepseek.accuracy.report import print_table, write_report
 from nxdi_deepseek.accuracy.tracing import compare_traces, flip_margin
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import ConfigError
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from safetensors.torch import save_file
 
 VOCAB, TOKENS = 64, 10

@@ -12,9 +12,10 @@ from nxdi_deepseek.accuracy.recording import Entry, Rule, load_recording
 from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.accuracy.run_state import RunState, Sequence
 from nxdi_deepseek.checkpoint.checkpoint import Checkpoint
+from nxdi_deepseek.checkpoint.synthetic import fill_rows, write_checkpoint, write_sparse_checkpoint
 from nxdi_deepseek.cli import main
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from nxdi_deepseek.routing import select_experts
-from nxdi_deepseek.synthetic import DEMO_CONFIG, fill_rows, write_checkpoint, write_sparse_checkpoint
 from nxdi_deepseek.tiny_model import TINY_MODEL_DIR
 from support.memory import peak_memory_growth
 from support.models import CONFIGS, random_prompts

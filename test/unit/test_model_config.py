@@ -3,8 +3,8 @@
 import pytest
 import torch
 from nxdi_deepseek.errors import ConfigError
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from nxdi_deepseek.model_config import load_model_config, read_model_config
-from nxdi_deepseek.synthetic import DEMO_CONFIG
 from transformers import DeepseekV3Config
 
 YARN = DEMO_CONFIG["rope_scaling"]

@@ -35,7 +35,7 @@ values = st.one_of(scalars, st.lists(scalars, max_size=3), st.dictionaries(st.te
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A sound checkpoint with generation_config.json, and its finished rank files."""
-    from nxdi_deepseek.synthetic import write_checkpoint
+    from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 
     model_dir, out_dir = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("ranks")
     write_checkpoint(model_dir, FIELDS, shards=2)

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 from nxdi_deepseek.checkpoint import journal, planned_file, sharder
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_sparse_checkpoint
 from nxdi_deepseek.checkpoint.verify import verify_shards
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError
-from nxdi_deepseek.synthetic import write_sparse_checkpoint
 from support import faults
 from support.encodings import edit, write_encoded
 from support.models import RELEASED

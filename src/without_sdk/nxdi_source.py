@@ -1,8 +1,12 @@
-"""Finds NxD and NxDI: installed, or as the source of their public repositories."""
+"""Finds NxD and NxDI, installed or as the source of their public repositories, and makes them importable."""
 
 import importlib.util
 import os
-import pathlib
+import sys
+from pathlib import Path
+
+from ..errors import DeepseekError
+from . import stand_ins
 
 DEFAULT_SOURCE = "~/.cache/nxdi-source"
 
@@ -13,12 +17,22 @@ _PACKAGES = {
 }
 
 
-class NxDINotFound(ImportError):
+class NxDINotFound(DeepseekError, ImportError):
     """NxD and NxDI are neither installed nor where their source is looked for."""
 
 
+def make_importable() -> None:
+    """Lets this process import NxD and NxDI: stand-ins for what is absent, their source on sys.path.
+
+    Raises NxDINotFound. What `stand_ins.define` adds has to be added before.
+    """
+    folders = find_nxdi()
+    stand_ins.install()
+    sys.path.extend(folder for folder in folders if folder not in sys.path)
+
+
 def find_nxdi() -> list[str]:
-    """The folders that sys.path lacks for importing NxD and NxDI: none where they are installed."""
+    """The folders that sys.path lacks for importing both: none where they are installed. Raises NxDINotFound."""
     if all(importlib.util.find_spec(package) for package in _PACKAGES):
         return []
     return find_nxdi_source()
@@ -26,7 +40,7 @@ def find_nxdi() -> list[str]:
 
 def find_nxdi_source() -> list[str]:
     """The source folders of both. Raises NxDINotFound."""
-    root = pathlib.Path(os.environ.get("NXDI_SOURCE") or DEFAULT_SOURCE).expanduser()
+    root = Path(os.environ.get("NXDI_SOURCE") or DEFAULT_SOURCE).expanduser()
     folders = [root / repository / "src" for repository in _PACKAGES.values()]
     for folder, package in zip(folders, _PACKAGES, strict=True):
         if not (folder / package / "__init__.py").is_file():

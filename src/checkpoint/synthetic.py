@@ -9,90 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint.fp8 import SCALE_SUFFIX, quantize_blocks, scale_shape
-from .checkpoint.header import build_header
-from .checkpoint.layout import Source, model_layout, mtp_layout
-from .checkpoint.reader import INDEX_FILE, CheckpointReader
-from .model_config import read_model_config
-
-# Small, but nothing is round: dims that blocks of 128 do not divide, nope != v, groups, a dense first layer, YaRN.
-DEMO_CONFIG: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
-    "hidden_size": 192,
-    "intermediate_size": 320,
-    "kv_lora_rank": 48,
-    "max_position_embeddings": 5120,
-    "model_type": "deepseek_v3",
-    "moe_intermediate_size": 144,
-    "moe_layer_freq": 1,
-    "n_group": 4,
-    "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 8,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 8,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 96,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    },
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 128,
-        "type": "yarn",
-    },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 2,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "v_head_dim": 24,
-    "vocab_size": 512,
-}
-
-# The sizes of the released 671B model.
-RELEASED_CONFIG: dict[str, Any] = DEMO_CONFIG | {
-    "attention_dropout": 0.0,
-    "first_k_dense_replace": 3,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "kv_lora_rank": 512,
-    "max_position_embeddings": 163840,
-    "moe_intermediate_size": 2048,
-    "n_group": 8,
-    "n_routed_experts": 256,
-    "num_attention_heads": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 61,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "rope_scaling": DEMO_CONFIG["rope_scaling"] | {"original_max_position_embeddings": 4096},
-    "topk_group": 4,
-    "v_head_dim": 128,
-    "vocab_size": 129280,
-}
+from ..model_config import read_model_config
+from .fp8 import SCALE_SUFFIX, quantize_blocks, scale_shape
+from .header import build_header
+from .layout import Source, model_layout, mtp_layout
+from .reader import INDEX_FILE, CheckpointReader
 
 
 def write_checkpoint(model_dir: str | Path, config: dict[str, Any], seed: int = 0, shards: int = 3) -> None:
