@@ -15,7 +15,7 @@ from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name
 from .errors import ConfigError
 from .modeling_deepseek import NeuronDeepseekV3Model
-from .requests import RequestChecks
+from .requests import RequestChecks, take_rows
 
 __all__ = ["NeuronDeepseekV3ForCausalLM"]
 
@@ -54,18 +54,24 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
         """As the base class's, for cache slots in any order: each row of the output is of the sequence in its row.
 
-        NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says.
+        NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says, and fills
+        a batch with copies of its first row, which overwrite the cache of the slots left out.
         Raises ConfigError for a request that cannot be answered right.
         """
-        seq_ids = torch.arange(0 if input_ids is None else len(input_ids)) if seq_ids is None else seq_ids.flatten()
+        seq_ids = (
+            torch.arange(0 if input_ids is None else len(input_ids)) if seq_ids is None else seq_ids.flatten().cpu()
+        )
         inputs |= {"attention_mask": None} | self.requests.check(input_ids, seq_ids, inputs)
-        if (seq_ids.diff() > 0).all():
-            return super().forward(input_ids=input_ids, seq_ids=seq_ids, **inputs)
-        order = seq_ids.argsort()
-        inputs = {name: _take_rows(value, order) for name, value in inputs.items()}
-        output = super().forward(input_ids=input_ids[order], seq_ids=seq_ids[order], **inputs)
+        request = {"input_ids": input_ids, "seq_ids": seq_ids} | inputs
+        if backend.NAME == "nxdi":
+            request = self.requests.fill_batch(request)
+        order = request["seq_ids"].argsort()
+        if torch.equal(order, torch.arange(len(seq_ids))):
+            return super().forward(**request)
+        output = super().forward(**{name: take_rows(value, order) for name, value in request.items()})
+        rows = order.argsort()[: len(seq_ids)]
         for name, value in (dict(output) | vars(output)).items():
-            setattr(output, name, _take_rows(value, order.argsort()))
+            setattr(output, name, take_rows(value, rows, len(order)))
         return output
 
     def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
@@ -174,13 +180,6 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
     neuron_config = config.neuron_config
     return neuron_state_dict(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree)
-
-
-def _take_rows(value: Any, rows: Tensor) -> Any:
-    """The rows [B] of a tensor [B, ...], or of each tensor of a list; anything else as it is."""
-    if isinstance(value, list | tuple):
-        return type(value)(_take_rows(item, rows) for item in value)
-    return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == len(rows) else value
 
 
 def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:

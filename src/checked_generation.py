@@ -35,7 +35,7 @@ _REFUSED_FIELDS = {
 }
 
 
-class CheckedGeneration(GenerationMixin):
+class CheckedGenerationMixin(GenerationMixin):
     """Stands ahead of an adapter's other base classes. The adapter has `neuron_model`."""
 
     @torch.no_grad()
@@ -89,6 +89,8 @@ class CheckedGeneration(GenerationMixin):
                 f"generate: num_return_sequences {config.num_return_sequences} of greedy search are all the same; "
                 "set do_sample=True"
             )
+        if config.top_p is not None and not 0 < config.top_p <= 1:
+            raise ConfigError(f"generate: top_p {config.top_p} must be above 0 and at most 1")
         for name, (neutral, remedy) in _REFUSED_FIELDS.items():
             value = getattr(config, name, None)
             if value not in neutral:

@@ -6,14 +6,14 @@ from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGeneration
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessorList
 
-from .checked_generation import CheckedGeneration
+from .checked_generation import CheckedGenerationMixin
 from .errors import ConfigError
 
 # What the device does itself, from the sampling parameters.
 _DONE_ON_DEVICE = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
 
 
-class NxDIGenerationAdapter(CheckedGeneration, HuggingFaceGenerationAdapter):
+class NxDIGenerationAdapter(CheckedGenerationMixin, HuggingFaceGenerationAdapter):
     """Off the device it samples as transformers does. NxDI's own keeps the sampler of its first call, and applies
     temperature, top_k and top_p twice."""
 

@@ -36,9 +36,40 @@ class RequestChecks:
         sampling_params = inputs.get("sampling_params")
         if sampling_params is not None and len(sampling_params) != len(input_ids):
             raise ConfigError(f"forward: {len(sampling_params)} rows of sampling_params for {len(input_ids)} sequences")
-        if not (positions == 0).any():
-            return self._check_step(input_ids, seq_ids, positions, mask)
-        return self._check_prompt(input_ids, seq_ids, positions, mask)
+        check = self._check_prompt if is_prompt(positions) else self._check_step
+        return check(input_ids, seq_ids, positions, mask)
+
+    def fill_batch(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A checked request with the rows that NxDI would fill in itself, behind its own.
+
+        In a decoding step, they put a token behind each sequence left out, where its next token will go. Prompts of
+        fewer rows than a batch of prompts start over: the other slots count as empty.
+        """
+        if is_prompt(request["position_ids"]):
+            self._start_over(request["seq_ids"])
+            return request
+        rest = torch.ones(len(self.cached)).index_fill(0, request["seq_ids"].long(), 0).nonzero().flatten()
+        if not len(rest):
+            return request
+        positions = request["position_ids"]
+        mask = request["attention_mask"]
+        if mask is None:
+            mask = (torch.arange(int(positions.max())) < positions).to(torch.int64)
+        last = self.neuron_config.max_length - 1
+        request = request | {"attention_mask": mask}
+        filled = {name: _append_rows(value, len(rest), len(positions)) for name, value in request.items()}
+        filled["seq_ids"][len(positions) :] = rest
+        filled["position_ids"][len(positions) :, 0] = self.cached[rest].clamp(1, last)
+        return filled
+
+    def _start_over(self, seq_ids: Tensor) -> None:
+        rows, at_once = len(seq_ids), self.neuron_config.ctx_batch_size
+        if rows % at_once == 0:
+            return
+        if at_once < len(self.cached):
+            raise ConfigError(f"{rows} prompts do not fill batches of ctx_batch_size {at_once}; set it to 1")
+        rest = torch.ones(len(self.cached), dtype=torch.bool).index_fill(0, seq_ids.long(), False)
+        self.cached[rest] = 0
 
     def _check_slots(self, input_ids: Tensor, seq_ids: Tensor) -> None:
         batch, slots = len(input_ids), len(self.cached)
@@ -98,6 +129,26 @@ class RequestChecks:
             if not 0 < position <= cached:
                 raise ConfigError(f"forward: position {position} does not follow the {cached} cached in slot {slot}")
         self.cached[seq_ids] = positions.long() + 1
+
+
+def is_prompt(position_ids: Tensor) -> bool:
+    """Whether NxDI takes a call for prompts, not for a decoding step."""
+    return bool((position_ids == 0).any())
+
+
+def take_rows(value: Any, rows: Tensor, batch: int | None = None) -> Any:
+    """The rows of a tensor [batch, ...], or of each tensor of a list; anything else as it is. batch: len(rows) if not
+    given."""
+    if isinstance(value, list | tuple):
+        return type(value)(take_rows(item, rows, batch) for item in value)
+    is_batch = isinstance(value, Tensor) and value.ndim > 0 and len(value) == (batch or len(rows))
+    return value[rows] if is_batch else value
+
+
+def _append_rows(value: Any, rows: int, batch: int) -> Any:
+    """`rows` copies of the first row behind a tensor [batch, ...]; anything else as it is."""
+    is_batch = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+    return torch.cat([value, value[:1].expand(rows, *value.shape[1:])]) if is_batch else value
 
 
 def check_right_padded(mask: Tensor, shape: torch.Size) -> None:

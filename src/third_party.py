@@ -4,10 +4,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from .errors import ConfigError, DeepseekError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 _GIT_LFS = b"version https://git-lfs"
@@ -30,7 +32,7 @@ def told(what: str, *kinds: type[Exception]) -> Iterator[None]:
         raise ConfigError(f"{what}: {reason[:_LONGEST]}") from error
 
 
-def load_tokenizer(model_dir: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_dir: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
     """The folder's tokenizer. Its own Python code runs only with trust_remote_code. Raises ConfigError."""
     folder = Path(model_dir)
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
@@ -43,6 +45,8 @@ def load_tokenizer(model_dir: str, trust_remote_code: bool = False) -> PreTraine
     if not trust_remote_code:
         _refuse_own_code(folder)
     with told(f"{model_dir}: the tokenizer cannot be loaded"):
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
 
 
@@ -57,7 +61,7 @@ def _refuse_own_code(folder: Path) -> None:
         raise ConfigError(f"{folder}: the tokenizer has code of its own; read it, then add --trust-remote-code")
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool = False) -> list[int]:
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool = False) -> list[int]:
     """Token ids of a prompt; with `chat`, of the chat template around it as the user's message.
 
     The beginning-of-sequence token stands there once, also where the text or the template brings it along.
@@ -73,7 +77,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool = False) ->
         return list(tokenizer(text).input_ids)
 
 
-def apply_chat_template(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+def apply_chat_template(tokenizer: "PreTrainedTokenizerBase", message: str) -> str:
     """The conversation of one user message, up to where the assistant's answer begins."""
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError("--chat: the tokenizer has no chat template; leave --chat out")
@@ -82,12 +86,14 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, message: str) -> str
         return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 
 
-def load_generation_config(model_dir: str) -> GenerationConfig | None:
+def load_generation_config(model_dir: str) -> "GenerationConfig | None":
     """generation_config.json where there is one. Raises ConfigError."""
     path = Path(model_dir) / "generation_config.json"
     if not path.exists():
         return None
     with told(f"{path}: cannot be used"):
+        from transformers import GenerationConfig
+
         config = GenerationConfig.from_pretrained(model_dir)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, name)

@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..checked_generation import CheckedGeneration
+from ..checked_generation import CheckedGenerationMixin
 
 
-class HuggingFaceGenerationAdapter(CheckedGeneration, PreTrainedModel):
+class HuggingFaceGenerationAdapter(CheckedGenerationMixin, PreTrainedModel):
     """Gives a model `generate()`; prompts of a batch are padded on the right.
 
     The KV cache lives in the model. GenerationMixin appends new tokens behind the padding; their positions still

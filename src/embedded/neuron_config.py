@@ -86,8 +86,9 @@ class InferenceConfig:
         path.write_text(json.dumps(self.__dict__, default=_to_json, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> "InferenceConfig":
-        fields = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    def load(cls, folder: str | Path, **kwargs: Any) -> "InferenceConfig":
+        """The saved config; kwargs override its fields."""
+        fields = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")) | kwargs
         return cls(cls.get_neuron_config_cls()(**fields.pop("neuron_config")), **fields)
 
 

@@ -1,0 +1,7 @@
+"""Generation on real NxDI, in its CPU mode."""
+
+from support import nxdi
+
+nxdi.require_nxdi()
+
+from support.generation_suite import *  # noqa: E402, F403
