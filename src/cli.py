@@ -30,11 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         subparsers.add_parser(name, help=summary, add_help=False)
-    command = parser.parse_args(argv[:1]).command
+    prog = parser.prog
     try:
+        command = parser.parse_args(argv[:1]).command
+        prog = f"{prog} {command}"
         return _run(importlib.import_module(f".commands.{COMMANDS[command][0]}", __package__), command, argv[1:])
     except DeepseekError as error:
-        print(f"nxdi-deepseek {command}: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

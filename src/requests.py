@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 
-_NOT_SUPPORTED = ("inputs_embeds", "past_key_values", "labels", "output_attentions", "output_hidden_states")
+_NOT_SUPPORTED = ("inputs_embeds", "labels", "output_attentions", "output_hidden_states")
 
 
 class RequestChecks:
@@ -29,6 +29,8 @@ class RequestChecks:
         for name in _NOT_SUPPORTED:
             if inputs.get(name) is not None and inputs[name] is not False:
                 raise ConfigError(f"forward: {name} is not supported; leave it out")
+        if _holds_tokens(inputs.get("past_key_values")):
+            raise ConfigError("forward: past_key_values is not supported; the KV cache lives in the model")
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
         if input_ids is None or positions is None or input_ids.ndim != 2 or positions.shape != input_ids.shape:
             raise ConfigError("forward needs input_ids and position_ids of one shape [batch, tokens]")
@@ -134,6 +136,13 @@ class RequestChecks:
 def is_prompt(position_ids: Tensor) -> bool:
     """Whether NxDI takes a call for prompts, not for a decoding step."""
     return bool((position_ids == 0).any())
+
+
+def _holds_tokens(past_key_values: Any) -> bool:
+    """transformers makes an empty cache for every generation."""
+    if past_key_values is None:
+        return False
+    return bool(getattr(past_key_values, "get_seq_length", past_key_values.__len__)())
 
 
 def take_rows(value: Any, rows: Tensor, batch: int | None = None) -> Any:

@@ -1,17 +1,21 @@
-"""Types of command-line values, for argparse's `type=`, and the parser that says in one line what is wrong."""
+"""Types of command-line values, for argparse's `type=`, and a parser whose errors are ConfigErrors."""
 
 import argparse
 import math
 from typing import NoReturn
 
+from ..errors import ConfigError
+
 _LARGEST_SEED = 2**32 - 1  # numpy's bound, which transformers.set_seed keeps to
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that leaves its usage, which may take many lines, to --help."""
+    """An ArgumentParser that raises ConfigError and leaves its usage, which may take many lines, to --help."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+        option, colon, reason = message.removeprefix("argument ").partition(": ")
+        message = f"{option} {reason}" if colon and message.startswith("argument ") else message
+        raise ConfigError(f"{' '.join(message.split())} (see {self.prog} --help)")
 
 
 def positive_int(text: str) -> int:
