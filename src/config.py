@@ -9,7 +9,9 @@ from . import backend
 from .dtypes import BY_TORCH
 from .errors import ConfigError
 from .model_config import ModelConfig, load_model_config, read_config_json, read_model_config
-from .saved_config import check_saved_config, restore_enums
+from .neuron_values import check_values
+from .saved_config import CONFIG_FILE, check_saved_config, restore_enums
+from .third_party import told
 
 # NeuronConfig fields that this model does not implement: the only value that works, and what to do about it.
 _UNSUPPORTED = {
@@ -32,6 +34,7 @@ _UNSUPPORTED = {
     "kv_quant_config": (None, "the latent cache is not quantized"),
     "kv_cache_quant": (False, "the latent cache is not quantized"),
     "k_cache_transposed": (False, "leave it off"),
+    "token_generation_batches": (None, "a step of fewer sequences is filled up to tkg_batch_size; leave it unset"),
     "windowed_context_encoding_size": (None, "leave it unset"),
     "layer_boundary_markers": (False, "leave it off"),
     "attn_block_tkg_nki_kernel_enabled": (False, "NxDI's attention kernels do not cover latent attention"),
@@ -58,10 +61,10 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
             "blockwise_matmul_config",
             {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG", "block_size": 128},
         )
-        try:
-            super().__init__(**_from_saved(kwargs))
-        except AssertionError as error:  # NxDI's way of refusing a value
-            raise ConfigError(f"neuron_config: {error}") from error
+        kwargs = _from_saved(kwargs)
+        check_values(kwargs)
+        with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value
+            super().__init__(**kwargs)
 
 
 def _from_saved(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +86,12 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
     def model(self) -> ModelConfig:
         """The fields as they are now, checked and typed: what the modules, the layout and the sharder read."""
         return read_model_config(self.__dict__)
+
+    @classmethod
+    def load(cls, model_path: str | Path, **kwargs: Any) -> "DeepseekV3InferenceConfig":
+        """The config that compile() saved in a folder. Raises ConfigError for a file that is missing or damaged."""
+        with told(f"{Path(model_path) / CONFIG_FILE}: cannot be used"):
+            return super().load(model_path, **kwargs)
 
     @classmethod
     def get_neuron_config_cls(cls) -> type[DeepseekV3NeuronConfig]:

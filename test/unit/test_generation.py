@@ -1,0 +1,3 @@
+"""Generation on the embedded runtime."""
+
+from support.generation_suite import *  # noqa: F403
