@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import backend
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.convert import StateDictSource, TensorSource, neuron_state_dict
+from .checkpoint.quantization import with_stored_blocks
 from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name
 from .errors import ConfigError
@@ -145,10 +146,16 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
             return
         if pre_shard_weights_hook:
             pre_shard_weights_hook(self)
-        dtype = dtype_name(neuron_config.torch_dtype)
         ranks = range(neuron_config.start_rank_id, neuron_config.start_rank_id + neuron_config.local_ranks_size)
-        tp_degree = neuron_config.tp_degree
-        shard_checkpoint(self._checkpoint_dir(), compiled_model_path, tp_degree, dtype, ranks=ranks, resume=True)
+        shard_checkpoint(
+            self._checkpoint_dir(),
+            compiled_model_path,
+            neuron_config.tp_degree,
+            dtype_name(neuron_config.torch_dtype),
+            ranks=ranks,
+            resume=True,
+            config=self.config.model,
+        )
 
     def _checkpoint_dir(self) -> str:
         """The checkpoint that the config was read from: a model can be built from its compiled folder alone."""
@@ -180,7 +187,8 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
 def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
     neuron_config = config.neuron_config
-    return neuron_state_dict(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree)
+    model = with_stored_blocks(config.model, source)
+    return neuron_state_dict(source, model, neuron_config.torch_dtype, neuron_config.tp_degree)
 
 
 def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:

@@ -65,10 +65,12 @@ class Quantization:
     """`quantization_config` of config.json: how the weights are said to be stored; the tensors may say otherwise.
 
     method: `quant_method`. block_size: `weight_block_size`, rows and columns that share a scale, None where not given.
+    format: `format` or `quant_algo`, what tools that know several formats call this one.
     """
 
     method: str
     block_size: tuple[int, int] | None = None
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,8 @@ def _quantization(read: _Fields) -> Quantization | None:
         if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
             raise ConfigError(f"{CONFIG_JSON}: weight_block_size {size!r} must be two positive integers")
         size = tuple(size)
-    return Quantization(str(found.get("quant_method") or "fp8"), size)
+    kind = found.get("format") or found.get("quant_algo")
+    return Quantization(str(found.get("quant_method") or "fp8"), size, None if kind is None else str(kind))
 
 
 def _stop_tokens(read: _Fields) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from ..model_config import ModelConfig
 from .checkpoint import Checkpoint
 from .checks import check_tensors, weight_block_size
 from .fp8 import FP8_DTYPE, SCALE_SUFFIX, dequantize_blocks
-from .layout import TensorSpec, model_layout, rank_tensor_names
+from .layout import TensorSpec, canonical_name, model_layout, rank_tensor_names
 
 
 class TensorSource(Protocol):
@@ -25,15 +25,16 @@ class TensorSource(Protocol):
     def dtype(self, name: str) -> torch.dtype | None: ...
     def describe(self, name: str) -> str: ...
     def is_unreadable(self, name: str) -> bool: ...
+    def nonfinite(self) -> list[str]: ...
     def get(self, name: str) -> Tensor: ...
 
 
 class StateDictSource:
-    """A state dict with Hugging Face's names, with or without the leading `model.`, which NxDI strips."""
+    """A state dict with Hugging Face's names, or those that layout.canonical_name knows: NxDI strips `model.`."""
 
     def __init__(self, state_dict: Mapping[str, Tensor]):
         self.problems: list[str] = []
-        self._tensors = {_full_name(name): tensor for name, tensor in state_dict.items()}
+        self._tensors = {canonical_name(name): tensor for name, tensor in state_dict.items()}
 
     def names(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -52,6 +53,10 @@ class StateDictSource:
 
     def is_unreadable(self, name: str) -> bool:
         return False
+
+    def nonfinite(self) -> list[str]:
+        """Nothing ahead: converting looks at every value, and there are no bytes to read in vain."""
+        return []
 
     def get(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -109,7 +114,3 @@ def dequantized_state_dict(checkpoint: Checkpoint, dtype: torch.dtype = torch.fl
         for spec in model_layout(config)
         for part in spec.sources
     }
-
-
-def _full_name(name: str) -> str:
-    return name if name.startswith(("model.", "lm_head.")) else "model." + name

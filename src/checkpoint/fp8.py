@@ -1,8 +1,8 @@
 """Block-scaled FP8 weights as in the released checkpoints (DeepSeek-V3, arXiv:2412.19437, section 3.3).
 
 A weight is float8_e4m3fn [rows, cols]; `weight_scale_inv` holds one factor per block [ceil(rows/bh), ceil(cols/bw)],
-float32 or E8M0 (a bare exponent byte, value 2^(byte - 127)). Value = float32(weight) * factor; the last block of a row
-or column may be partial.
+float32, bfloat16 or E8M0 (a bare exponent byte, value 2^(byte - 127)). Value = float32(weight) * factor; the last block
+of a row or column may be partial.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from .kernels import decode_blocks, has_fp8_nan
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8_DTYPE).max
-SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.uint8)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8)
 SCALE_SUFFIX = "_scale_inv"
 _VALUES = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE).to(torch.float32).numpy()
 

@@ -16,9 +16,9 @@ from .files import locked_folder, pread_into, sync_folder, write_json
 from .header import build_header
 from .layout import Source
 from .manifest import Manifest
-from .parallel import cpu_count, run_threads
-from .plan import MODEL, MTP, ShardPlan, part_folder
-from .planned_file import PlannedFile
+from .parallel import run_threads
+from .plan import MODEL, MTP, ShardPlan, check_jobs, part_folder
+from .planned_file import PlannedFile, check_space
 from .progress import Progress, ProgressCallback
 from .reader import INDEX_FILE
 from .units import Unit
@@ -35,7 +35,7 @@ def unshard(
     Weights keep the dtype of the rank files; config.json loses its quantization. Raises CheckpointError when a rank
     file is missing or `model_dir` holds a checkpoint.
     """
-    model_dir, start = Path(model_dir), time.monotonic()
+    model_dir, start, threads = Path(model_dir), time.monotonic(), check_jobs(jobs)
     if (model_dir / INDEX_FILE).exists():
         raise CheckpointError(f"{model_dir / INDEX_FILE}: exists; choose another folder")
     manifest = Manifest.load_existing(part_folder(out_dir, MODEL))
@@ -52,7 +52,7 @@ def unshard(
         try:
             output.create()
             for plan in plans:
-                with closing(_copy_units(plan, output, jobs or cpu_count())) as steps:
+                with closing(_copy_units(plan, output, threads)) as steps:
                     for size in steps:
                         done += size
                         if progress:
@@ -95,6 +95,7 @@ class _ModelFiles:
         self.weight_map = {name: file.path.name for name, file in sorted(self._files.items())}
 
     def create(self) -> None:
+        check_space(self._planned, "free some, or choose another folder")
         for file in self._planned:
             file.create()
 

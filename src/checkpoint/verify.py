@@ -12,16 +12,17 @@ import numpy as np
 
 from ..dtypes import model_dtype
 from ..errors import CheckpointError, ConfigError, report_problems
+from ..model_config import read_model_config
 from .checkpoint import Checkpoint
 from .checks import weight_block_size
 from .decoder import UnitDecoder
 from .files import pread_into
 from .manifest import Manifest, digest, tensor_checksum
-from .parallel import cpu_count, run_threads
-from .plan import MODEL, MTP, ShardPlan, part_folder
+from .parallel import run_threads
+from .plan import MODEL, MTP, ShardPlan, check_jobs, part_folder
 from .progress import Progress, ProgressCallback
 from .reader import CheckpointReader
-from .sharder import check_plans, rank_value
+from .sharder import rank_value
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,25 @@ def verify_shards(
 ) -> VerifySummary:
     """Recomputes a random `sample` (0 to 1) of what `shard_checkpoint` wrote to `out_dir`, the MTP layers included.
 
-    Headers and rank tensors are compared always; with sample 1 everything is, the manifest's checksums too. Raises
+    Headers and rank tensors are compared always; with sample 1 everything is, the manifest's checksums too. Only then
+    a checkpoint is told from one of equal sizes, headers and small tensors with another large weight. Raises
     CheckpointError that names every file and tensor that differs.
     """
     if not 0 < sample <= 1:
-        raise ConfigError(f"sample {sample} must be above 0 and at most 1")
+        raise ConfigError(f"--sample {sample}: give a share above 0 and at most 1")
+    threads = check_jobs(jobs)
     start, files, compared = time.monotonic(), 0, 0
     parts = [part for part in (MODEL, MTP) if part_folder(out_dir, part).exists()]
     if not parts:
         raise CheckpointError(f"{part_folder(out_dir, MODEL)}: no such folder; give the OUT_DIR of nxdi-deepseek shard")
-    with Checkpoint(model_dir) as checkpoint:
-        for part in parts:
-            manifest = Manifest.load_existing(part_folder(out_dir, part))
-            dtype = model_dtype(manifest.dtype)
-            plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, part)
-            check_plans(checkpoint, [plan])
+    manifests = [Manifest.load_existing(part_folder(out_dir, part)) for part in parts]
+    with Checkpoint(model_dir, read_model_config(manifests[0].config)) as checkpoint:
+        checkpoint.check()
+        for part, manifest in zip(parts, manifests, strict=True):
+            dtype, stored = model_dtype(manifest.dtype), checkpoint.reader
+            plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, part, stored)
             check = _PartCheck(plan, manifest, checkpoint.reader)
-            with closing(check.execute(sample, jobs or cpu_count())) as steps:
+            with closing(check.execute(sample, threads)) as steps:
                 for done, total in steps:
                     if progress:
                         progress(Progress(done, total, time.monotonic() - start))
