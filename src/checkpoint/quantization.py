@@ -17,6 +17,7 @@ Shape = tuple[int, ...]
 
 _DEFAULT_BLOCK = (128, 128)  # the released size
 _BLOCK_SIZES = (128, 16, 32, 64, 256, 512, 1024)
+_UNNAMED = "none"  # where config.json has no quantization_config
 _UNSCALED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # What the tensors of other formats are called after the last dot: compressed-tensors and modelopt, GPTQ and AWQ, MLX,
 # bitsandbytes, HQQ.
@@ -35,17 +36,17 @@ def with_stored_blocks(config: ModelConfig, source: "TensorSource") -> ModelConf
     size = _block_size_of({pair[1:] for pair in _scaled_weights(source)})
     if size is None:
         return config
-    return replace(config, quantization=replace(config.quantization or Quantization("fp8"), block_size=size))
+    return replace(config, quantization=replace(config.quantization or Quantization(_UNNAMED), block_size=size))
 
 
 def foreign_quantization(source: "TensorSource", config: ModelConfig) -> str | None:
     """The line for a checkpoint whose weights are in another format than FP8 with block scales called scale_inv."""
-    for name in source.names():
-        kind = name.rpartition(".")[2]
-        if kind in _FOREIGN:
+    examples = {name.rpartition(".")[2]: name for name in source.names()}
+    for kind in _FOREIGN:
+        if kind in examples:
             return (
-                f"{source.describe(name)}: {_said(config)}: weights with {kind} are not supported; use the release in "
-                f"FP8 (with weight{SCALE_SUFFIX}) or BF16"
+                f"{source.describe(examples[kind])}: {_said(config)}: weights with {kind} are not supported; use the "
+                f"release in FP8 (with weight{SCALE_SUFFIX}) or BF16"
             )
     return None
 
@@ -77,19 +78,16 @@ def block_problem(source: "TensorSource", config: ModelConfig) -> str | None:
         return f"config.json: weight_block_size is {list(size)}, the scales are of blocks of {list(stored)}; correct it"
     example = f"{source.describe(name + SCALE_SUFFIX)}: shape {list(scale)} for a weight {list(shape)}"
     if all(prod(scale) == 1 for _, _, scale in misfits):
-        return f"{example}: {_said(config)}: FP8 with one scale per tensor is not supported yet; use block scales"
+        return f"{example}: {_said(config)}: FP8 with one scale per tensor is not supported yet; use one in blocks"
     if len(misfits) == len(scaled):
         return f"{example}: {_said(config)}: no scale fits blocks of {list(size)}; correct weight_block_size"
     return None
 
 
 def _said(config: ModelConfig) -> str:
-    """What config.json says of the format."""
-    if config.quantization is None:
-        return "config.json has no quantization_config"
-    found = config.quantization
+    """What config.json calls the format."""
+    found = config.quantization or Quantization(_UNNAMED)
     said = f"quant_method {found.method}" + (f" (format {found.format})" if found.format else "")
-    said += "" if found.block_size else ", no weight_block_size"
     return said if said.isprintable() else ascii(said)
 
 

@@ -200,9 +200,9 @@ class CheckpointReader:
             if name not in weight_map:
                 found.append((self.describe(name), f"not in {INDEX_FILE}; download both again"))
         self.problems += problem_lines(found)
+        self._told |= absent
         if not self._told:
             self._check_total(index)
-        self._told |= absent
 
     def _check_total(self, index: ShardIndex) -> None:
         """Some writers count the tensors, some the files; some write whole numbers as 5813376.0."""
