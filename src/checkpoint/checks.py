@@ -2,33 +2,29 @@
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..errors import CheckpointError, report_problems
 from ..model_config import ModelConfig
-from .fp8 import FP8_DTYPE, SCALE_DTYPES, SCALE_SUFFIX, scale_shape, scale_to_float32
+from .encodings import read_scale, weight_block_size
+from .fp8 import FP8_DTYPE, SCALE_DTYPES, SCALE_SUFFIX, scale_shape
 from .layout import TensorSpec, model_layout, mtp_layout
-
-if TYPE_CHECKING:
-    from .convert import TensorSource
-    from .reader import CheckpointReader
+from .source import TensorSource
 
 WEIGHT_DTYPES = (FP8_DTYPE, torch.bfloat16, torch.float16, torch.float32)
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-_DEFAULT_BLOCK = (128, 128)  # the released size
 
 
-def check_tensors(source: "TensorSource", config: ModelConfig) -> None:
+def check_tensors(source: TensorSource, config: ModelConfig) -> None:
     """Raises one CheckpointError that lists every file that is damaged and every tensor that is missing, unexpected,
     misshapen or of a wrong dtype."""
     problems = source.problems + tensor_problems(source, config, list(model_layout(config)))
     report_problems("checkpoint does not fit config.json", problems)
 
 
-def tensor_problems(source: "TensorSource", config: ModelConfig, specs: list[TensorSpec]) -> list[str]:
+def tensor_problems(source: TensorSource, config: ModelConfig, specs: list[TensorSpec]) -> list[str]:
     """A line for each tensor that the tensors of `specs` need and `source` lacks or has otherwise, and for each that
     belongs to no part of the model."""
     expected = {part.name: part.shape for spec in specs for part in spec.sources}
@@ -54,7 +50,7 @@ def tensor_problems(source: "TensorSource", config: ModelConfig, specs: list[Ten
     return problems
 
 
-def scale_problems(reader: "CheckpointReader", specs: list[TensorSpec]) -> list[str]:
+def scale_problems(reader: TensorSource, specs: list[TensorSpec]) -> list[str]:
     """A line for each block scale of `specs` that holds NaN or infinity. Reads all scales, some 0.02 % of the bytes."""
     problems = []
     for name in {part.name: None for spec in specs for part in spec.sources}:
@@ -71,19 +67,6 @@ def scale_problems(reader: "CheckpointReader", specs: list[TensorSpec]) -> list[
     return problems
 
 
-def read_scale(reader: "CheckpointReader", name: str) -> np.ndarray:
-    """The block scales of a weight, float32 [blocks down, blocks across]."""
-    entry = reader.entries[name + SCALE_SUFFIX]
-    raw = np.empty(entry.nbytes, np.uint8)
-    reader.read_rows(name + SCALE_SUFFIX, 0, entry.shape[0], raw)
-    return scale_to_float32(torch.from_numpy(raw).view(reader.dtype(name + SCALE_SUFFIX))).numpy().reshape(entry.shape)
-
-
-def weight_block_size(config: ModelConfig) -> tuple[int, int]:
-    """`weight_block_size` of config.json's quantization_config; 128x128, the released size, where it says nothing."""
-    return config.quantization and config.quantization.block_size or _DEFAULT_BLOCK
-
-
 def is_ignored(name: str, config: ModelConfig) -> bool:
     """True for tensors that are left out on purpose: MTP layers (index >= num_hidden_layers), saved RoPE tables, a head
     stored beside tied embeddings."""
@@ -93,13 +76,13 @@ def is_ignored(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def extra_names(source: "TensorSource", config: ModelConfig) -> Iterator[str]:
+def extra_names(source: TensorSource, config: ModelConfig) -> Iterator[str]:
     """Names that are ignored although no part of the model, MTP included, has them."""
     known = {part.name for layout in (model_layout, mtp_layout) for spec in layout(config) for part in spec.sources}
     return (name for name in source.names() if name.removesuffix(SCALE_SUFFIX) not in known)
 
 
-def _weight_problem(source: "TensorSource", name: str, shape: tuple[int, ...]) -> str | None:
+def _weight_problem(source: TensorSource, name: str, shape: tuple[int, ...]) -> str | None:
     dtype = source.dtype(name)
     if source.shape(name) != shape:
         return f"shape {list(source.shape(name))}, expected {list(shape)}"
@@ -113,9 +96,9 @@ def _weight_problem(source: "TensorSource", name: str, shape: tuple[int, ...]) -
     return None
 
 
-def _scale_problem(source: "TensorSource", name: str, shape: tuple[int, int]) -> str | None:
+def _scale_problem(source: TensorSource, name: str, shape: tuple[int, int]) -> str | None:
     if source.dtype(name) not in SCALE_DTYPES:
-        return f"dtype {source.dtype(name) or 'unknown'}, expected float32 or E8M0"
+        return f"dtype {source.dtype(name) or 'unknown'}, expected float32, bfloat16 or E8M0"
     if source.shape(name) != shape:
         return f"shape {list(source.shape(name))}, expected {list(shape)}"
     return None

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,14 +14,9 @@ from .layout import model_layout, mtp_layout, rank_tensor_names
 from .planned_file import PlannedFile
 from .units import Region, Unit, plan_units
 
-if TYPE_CHECKING:
-    from .reader import CheckpointReader
-
 MODEL, MTP = "model", "mtp"
 # Below the output folder; `weights` is where NxDI's load() looks.
 _FOLDERS = {MODEL: "weights", MTP: "mtp/weights"}
-# All threads together; fewer run where a unit needs more than its share.
-_WORKING_MEMORY = 1 << 30
 
 
 class ShardPlan:
@@ -79,23 +73,6 @@ class ShardPlan:
             if unit.spec.grid.axis != 1 or unit.region(rank, self.tp_degree):
                 indices.setdefault(unit.spec.name, []).append(i)
         return indices
-
-    def affordable_jobs(self, reader: "CheckpointReader") -> int:
-        """How many units can be in work at a time within the memory set aside for that."""
-        largest = {(spec.grid, spec.sources[0].name): unit for unit in self.units for spec in [unit.spec]}
-        return max(1, _WORKING_MEMORY // max(self._memory(unit, reader) for unit in largest.values()))
-
-    def _memory(self, unit: Unit, reader: "CheckpointReader") -> int:
-        """Bytes that a thread needs for a unit: its sources as stored and converted, and one region."""
-        grid, size = unit.spec.grid, 0
-        rows = unit.stop - unit.start
-        for source, block in zip(unit.sources(), grid.blocks, strict=True):
-            read_rows = block.rows if block.transposed else min(rows, block.rows)
-            entry = reader.entries[source.name]
-            # FP8 is decoded from where it was read; other dtypes may pass through copies of 4 bytes each.
-            size += read_rows * (entry.row_bytes if entry.dtype == "F8_E4M3" else entry.row_bytes + 8 * block.columns)
-        _, rank_rows, rank_columns = grid.rank_shape(self.tp_degree)
-        return size + min(rows, rank_rows) * rank_columns * unit.spec.dtype(self.dtype).itemsize
 
 
 def make_plans(

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError, report_problems
+from ..progress_bar import format_bytes
 from .checkpoint import Checkpoint
-from .checks import scale_problems, tensor_problems, weight_block_size
+from .checks import scale_problems, tensor_problems
 from .decoder import UnitDecoder
 from .files import locked_folder, sync_folder
 from .journal import Journal
 from .layout import model_layout
 from .manifest import Manifest, digest, tensor_checksum
-from .parallel import cpu_count, run_threads
+from .parallel import run_threads, thread_count
 from .plan import ShardPlan, check_ranks, make_plans
 from .planned_file import PlannedFile
-from .progress import Progress, ProgressCallback, format_bytes
 
 JOURNAL_FILE = "unfinished.jsonl"
 # What is finished is made durable and noted this often: as much work as a crash can cost.
@@ -47,18 +47,19 @@ def shard_checkpoint(
     jobs: int | None = None,
     resume: bool = False,
     with_mtp: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ShardSummary:
     """Writes OUT_DIR/weights/tp{rank}_sharded_checkpoint.safetensors, the files of NxDI's own sharding.
 
     dtype: "bfloat16" or "float32". ranks: all if not given. jobs: threads, one per core if not given. resume: keep what
     an interrupted run finished, and files that are complete. with_mtp: write the MTP layers to OUT_DIR/mtp/weights too.
-    progress is called with a Progress after each piece of work, in the calling thread.
+    progress is called as progress(done_bytes, total_bytes) after each piece of work, in the calling thread; what an
+    earlier run did is among the bytes that are done.
 
     Raises ConfigError or CheckpointError, before any file is written for everything that is wrong with the checkpoint
-    except NaN among the weights. What was finished until then is kept for `resume`.
+    except NaN or infinity among the weights. What was finished until then is kept for `resume`.
     """
-    start = time.monotonic()
+    start, jobs = time.monotonic(), thread_count(jobs)
     with Checkpoint(model_dir) as checkpoint, ExitStack() as locks:
         plans = make_plans(checkpoint.config, out_dir, tp_degree, dtype, with_mtp)
         ranks = check_ranks(range(tp_degree) if ranks is None else ranks, tp_degree)
@@ -68,11 +69,10 @@ def shard_checkpoint(
         runs = [_PartRun(plan, checkpoint, ranks, resume) for plan in plans]
         total = sum(run.total for run in runs)
         for run in runs:
-            with closing(run.execute(jobs or cpu_count())) as steps:
+            with closing(run.execute(jobs)) as steps:
                 for _ in steps:
                     if progress:
-                        done, resumed = sum(run.done for run in runs), sum(run.resumed for run in runs)
-                        progress(Progress(done, total, time.monotonic() - start, resumed))
+                        progress(sum(run.done for run in runs), total)
     resumed = sum(run.resumed for run in runs)
     folders = tuple(plan.folder for plan in plans)
     files = sum(len(run.pending) for run in runs)
@@ -174,7 +174,7 @@ class _PartRun:
 
     def _write_units(self, journal: Journal, jobs: int) -> Iterator[None]:
         plan, columns = self._plan, {rank: journal.ranks.index(rank) for rank in self.pending}
-        decoder = UnitDecoder(self._reader, plan.dtype, weight_block_size(plan.config), plan.tp_degree, self.pending)
+        decoder = UnitDecoder(self._reader, plan.config, plan.dtype, plan.tp_degree, self.pending)
 
         def write(i: int) -> int:
             unit = plan.units[i]
@@ -188,7 +188,7 @@ class _PartRun:
         finished, synced = [], time.monotonic()
         try:
             todo = iter(np.flatnonzero(~journal.done).tolist())
-            for i in run_threads(todo, write, min(jobs, plan.affordable_jobs(self._reader))):
+            for i in run_threads(todo, write, min(jobs, decoder.affordable_jobs(plan.units))):
                 finished.append(i)
                 self.done += self._unit_bytes(i)
                 if time.monotonic() - synced > SYNC_SECONDS:
