@@ -1,6 +1,5 @@
 """The reference: Hugging Face's own DeepseekV3ForCausalLM on the dequantized weights, in float32."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.convert import dequantized_state_dict
 from .checkpoint.layout import model_layout
-from .errors import ConfigError
+from .memory import check_memory
 from .model_config import ModelConfig, read_config_json
 
 
@@ -38,12 +37,8 @@ def hugging_face_config(model_dir: str | Path) -> DeepseekV3Config:
 
 def _check_memory(config: ModelConfig) -> None:
     needed = sum(spec.numel for spec in model_layout(config)) * torch.float32.itemsize
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ConfigError(
-            f"Hugging Face's model in float32 needs {needed / 2**30:.0f} GiB of memory, and this machine has "
-            f"{memory / 2**30:.0f}; compare with saved outputs instead (inference_demo: --expected-outputs-path)"
-        )
+    remedy = "compare with saved outputs instead (inference_demo: --expected-outputs-path)"
+    check_memory(needed, "Hugging Face's model in float32", remedy)
 
 
 @torch.no_grad()

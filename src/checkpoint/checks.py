@@ -2,32 +2,28 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from ..errors import report_problems
 from ..model_config import ModelConfig
-from .fp8 import FP8_DTYPE, SCALE_DTYPES, SCALE_SUFFIX, scale_shape, scale_to_float32
+from .encodings import weight_block_size
+from .fp8 import FP8_DTYPE, SCALE_DTYPES, SCALE_SUFFIX, scale_shape
 from .layout import checkpoint_layout, layer_of, stores_mtp
 from .problem_lines import problem_lines
-from .quantization import block_problem, foreign_quantization, leftover_scales, weight_block_size
-
-if TYPE_CHECKING:
-    from .convert import TensorSource
-    from .reader import CheckpointReader
+from .quantization import block_problem, foreign_quantization, leftover_scales
+from .source import TensorSource
 
 WEIGHT_DTYPES = (FP8_DTYPE, torch.bfloat16, torch.float16, torch.float32)
 _NO_PART = "not a tensor of this model; do config.json and the weights belong together?"
 
 
-def check_tensors(source: "TensorSource", config: ModelConfig) -> None:
+def check_tensors(source: TensorSource, config: ModelConfig) -> None:
     """Raises one CheckpointError that holds all of checkpoint_problems."""
     report_problems("checkpoint does not fit config.json", checkpoint_problems(source, config))
 
 
-def checkpoint_problems(source: "TensorSource", config: ModelConfig) -> list[str]:
+def checkpoint_problems(source: TensorSource, config: ModelConfig) -> list[str]:
     """A line for each file that is damaged and each tensor that is missing, unexpected, misshapen or of a wrong dtype,
     or that is small and holds NaN or infinity. One line where all tensors have the same fault.
 
@@ -54,7 +50,7 @@ def is_ignored(name: str, config: ModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def ignored_tensors(source: "TensorSource", config: ModelConfig) -> list[str]:
+def ignored_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
     """A line for each kind of tensors that no part of the model has, and that are ignored."""
     expected = {part.name for spec in checkpoint_layout(config, source) for part in spec.sources}
     mtp_layers = config.mtp_layers if stores_mtp(config, source) else ()
@@ -72,15 +68,7 @@ def ignored_tensors(source: "TensorSource", config: ModelConfig) -> list[str]:
     return [f"{kind} ({count} tensors)" for kind, count in kinds.items()]
 
 
-def read_scale(reader: "CheckpointReader", name: str) -> np.ndarray:
-    """The block scales of a weight, float32 [blocks down, blocks across]."""
-    entry = reader.entries[name + SCALE_SUFFIX]
-    raw = np.empty(entry.nbytes, np.uint8)
-    reader.read_rows(name + SCALE_SUFFIX, 0, entry.shape[0], raw)
-    return scale_to_float32(torch.from_numpy(raw).view(reader.dtype(name + SCALE_SUFFIX))).numpy().reshape(entry.shape)
-
-
-def _missing(source: "TensorSource", expected: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+def _missing(source: TensorSource, expected: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     names = [name for name in expected if not (name in source or source.is_unreadable(name))]
     if len(names) < len(expected):
         return ((source.describe(name), "missing") for name in names)
@@ -89,7 +77,7 @@ def _missing(source: "TensorSource", expected: Mapping[str, object]) -> Iterator
 
 
 def _tensor_faults(
-    source: "TensorSource",
+    source: TensorSource,
     config: ModelConfig,
     expected: Mapping[str, tuple[int, ...]],
     block_size: tuple[int, int] | None,
@@ -112,7 +100,7 @@ def _tensor_faults(
             yield source.describe(name), what
 
 
-def _weight_fault(source: "TensorSource", name: str, shape: tuple[int, ...]) -> str | None:
+def _weight_fault(source: TensorSource, name: str, shape: tuple[int, ...]) -> str | None:
     dtype = source.dtype(name)
     if source.shape(name) != shape:
         return f"shape {list(source.shape(name))}, expected {list(shape)}"
@@ -126,7 +114,7 @@ def _weight_fault(source: "TensorSource", name: str, shape: tuple[int, ...]) -> 
     return None
 
 
-def _scale_fault(source: "TensorSource", name: str, shape: tuple[int, int] | None) -> str | None:
+def _scale_fault(source: TensorSource, name: str, shape: tuple[int, int] | None) -> str | None:
     if source.dtype(name) not in SCALE_DTYPES:
         return f"dtype {source.dtype(name) or 'unknown'}, expected float32, bfloat16 or E8M0"
     if shape and source.shape(name) != shape:
@@ -134,6 +122,6 @@ def _scale_fault(source: "TensorSource", name: str, shape: tuple[int, int] | Non
     return None
 
 
-def _nonfinite(source: "TensorSource", expected: Mapping[str, object]) -> list[str]:
+def _nonfinite(source: TensorSource, expected: Mapping[str, object]) -> list[str]:
     names = [name for name in source.nonfinite() if name.removesuffix(SCALE_SUFFIX) in expected]
     return problem_lines((source.describe(name), "holds NaN or infinity; download the file again") for name in names)

@@ -13,21 +13,16 @@ from ..errors import CheckpointError, ConfigError
 from ..model_config import ModelConfig
 from .header import TensorEntry, build_header
 from .layout import model_layout, mtp_layout, rank_tensor_names, stores_mtp
-from .parallel import cpu_count
 from .planned_file import PlannedFile
 from .units import Region, Unit, plan_units
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-    from .reader import CheckpointReader
 
 MODEL, MTP = "model", "mtp"
 # Below the output folder; `weights` is where NxDI's load() looks.
 _FOLDERS = {MODEL: "weights", MTP: "mtp/weights"}
 _RANKS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
-_MAX_JOBS = 1024
-# All threads together; fewer run where a unit needs more than its share.
-_WORKING_MEMORY = 1 << 30
 
 
 class ShardPlan:
@@ -101,23 +96,6 @@ class ShardPlan:
                 indices.setdefault(unit.spec.name, []).append(i)
         return indices
 
-    def affordable_jobs(self, reader: "CheckpointReader") -> int:
-        """How many units can be in work at a time within the memory set aside for that."""
-        largest = {(spec.grid, spec.sources[0].name): unit for unit in self.units for spec in [unit.spec]}
-        return max(1, _WORKING_MEMORY // max(self._memory(unit, reader) for unit in largest.values()))
-
-    def _memory(self, unit: Unit, reader: "CheckpointReader") -> int:
-        """Bytes that a thread needs for a unit: its sources as stored and converted, and one region."""
-        grid, size = unit.spec.grid, 0
-        rows = unit.stop - unit.start
-        for source, block in zip(unit.sources(), grid.blocks, strict=True):
-            read_rows = block.rows if block.transposed else min(rows, block.rows)
-            entry = reader.entries[source.name]
-            # FP8 is decoded from where it was read; other dtypes may pass through copies of 4 bytes each.
-            size += read_rows * (entry.row_bytes if entry.dtype == "F8_E4M3" else entry.row_bytes + 8 * block.columns)
-        _, rank_rows, rank_columns = grid.rank_shape(self.tp_degree)
-        return size + min(rows, rank_rows) * rank_columns * unit.spec.dtype(self.dtype).itemsize
-
 
 def make_plans(
     checkpoint: "Checkpoint", out_dir: str | Path, tp_degree: int, dtype: str, with_mtp: bool = False
@@ -158,10 +136,3 @@ def check_ranks(ranks: Collection[int], tp_degree: int) -> list[int]:
     if not ranks or min(ranks) < 0 or max(ranks) >= tp_degree:
         raise ConfigError(f"ranks {sorted(ranks)} are not all in 0..{tp_degree - 1}, those of tp_degree {tp_degree}")
     return sorted(set(ranks))
-
-
-def check_jobs(jobs: int | None) -> int:
-    """The number of threads: one per core for None. Raises ConfigError for one that cannot be."""
-    if jobs is not None and not 1 <= jobs <= _MAX_JOBS:
-        raise ConfigError(f"--jobs {jobs}: give a number of threads from 1 to {_MAX_JOBS}, or leave it out")
-    return cpu_count() if jobs is None else jobs

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
+from ..progress_bar import format_bytes
 from .files import PARTIAL_SUFFIX, pwrite_all
 from .header import TensorEntry
-from .progress import format_bytes
 
 
 class PlannedFile:

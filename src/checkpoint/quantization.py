@@ -3,19 +3,16 @@
 from collections.abc import Container, Iterator
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..model_config import ModelConfig, Quantization
+from .encodings import weight_block_size
 from .fp8 import FP8_DTYPE, SCALE_SUFFIX, scale_shape
-
-if TYPE_CHECKING:
-    from .convert import TensorSource
+from .source import TensorSource
 
 Shape = tuple[int, ...]
 
-_DEFAULT_BLOCK = (128, 128)  # the released size
 _BLOCK_SIZES = (128, 16, 32, 64, 256, 512, 1024)
 _UNNAMED = "none"  # where config.json has no quantization_config
 _UNSCALED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,12 +21,7 @@ _UNSCALED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FOREIGN = ("weight_packed", "weight_scale", "qweight", "scales", "absmax", "SCB", "W_q")
 
 
-def weight_block_size(config: ModelConfig) -> tuple[int, int]:
-    """`weight_block_size` of config.json's quantization_config; 128x128, the released size, where it says nothing."""
-    return config.quantization and config.quantization.block_size or _DEFAULT_BLOCK
-
-
-def with_stored_blocks(config: ModelConfig, source: "TensorSource") -> ModelConfig:
+def with_stored_blocks(config: ModelConfig, source: TensorSource) -> ModelConfig:
     """The config with the block size that the shapes of the scales tell, where config.json says none."""
     if config.quantization and config.quantization.block_size:
         return config
@@ -39,7 +31,7 @@ def with_stored_blocks(config: ModelConfig, source: "TensorSource") -> ModelConf
     return replace(config, quantization=replace(config.quantization or Quantization(_UNNAMED), block_size=size))
 
 
-def foreign_quantization(source: "TensorSource", config: ModelConfig) -> str | None:
+def foreign_quantization(source: TensorSource, config: ModelConfig) -> str | None:
     """The line for a checkpoint whose weights are in another format than FP8 with block scales called scale_inv."""
     examples = {name.rpartition(".")[2]: name for name in source.names()}
     for kind in _FOREIGN:
@@ -51,7 +43,7 @@ def foreign_quantization(source: "TensorSource", config: ModelConfig) -> str | N
     return None
 
 
-def leftover_scales(source: "TensorSource", expected: Container[str]) -> str | None:
+def leftover_scales(source: TensorSource, expected: Container[str]) -> str | None:
     """The line for weights that are no FP8 and yet have scales. They may be codes that must be scaled still, or values
     that are scaled already: both exist, and look alike."""
     weights = (name.removesuffix(SCALE_SUFFIX) for name in source.names() if name.endswith(SCALE_SUFFIX))
@@ -65,7 +57,7 @@ def leftover_scales(source: "TensorSource", expected: Container[str]) -> str | N
     )
 
 
-def block_problem(source: "TensorSource", config: ModelConfig) -> str | None:
+def block_problem(source: TensorSource, config: ModelConfig) -> str | None:
     """The line for scales that are those of another size of blocks than config.json's, or of no blocks at all."""
     scaled = list(_scaled_weights(source))
     size = weight_block_size(config)
@@ -91,11 +83,11 @@ def _said(config: ModelConfig) -> str:
     return said if said.isprintable() else ascii(said)
 
 
-def _is_unscaled(source: "TensorSource", name: str) -> bool:
+def _is_unscaled(source: TensorSource, name: str) -> bool:
     return source.dtype(name) in _UNSCALED_DTYPES
 
 
-def _scaled_weights(source: "TensorSource") -> Iterator[tuple[str, Shape, Shape]]:
+def _scaled_weights(source: TensorSource) -> Iterator[tuple[str, Shape, Shape]]:
     """(name, its shape, that of its scale) of the FP8 weights that have a scale."""
     for scale in source.names():
         name = scale.removesuffix(SCALE_SUFFIX)

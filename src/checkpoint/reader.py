@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from ..dtypes import BY_SAFETENSORS
 from ..errors import CheckpointError
@@ -41,7 +39,6 @@ class CheckpointReader:
         self._stored_names: dict[str, str] = {}
         self._told: set[str] = set()
         self._descriptors: dict[str, int] = {}
-        self._mapped: dict[str, safe_open] = {}
         self._lock = threading.Lock()
         self._read_folder()
         self._stamps = self.stamps()
@@ -70,15 +67,6 @@ class CheckpointReader:
 
     def file_of(self, name: str) -> Path:
         return self.model_dir / self.entries[name].file
-
-    def get(self, name: str) -> Tensor:
-        """The tensor as stored, memory-mapped. Raises CheckpointError when there is none of that name."""
-        if name not in self.entries:
-            raise CheckpointError(f"{self.describe(name)}: missing; is the download complete?")
-        file = self.entries[name].file
-        if file not in self._mapped:
-            self._mapped[file] = safe_open(self.model_dir / file, framework="pt")
-        return self._mapped[file].get_tensor(self._stored_names.get(name, name))
 
     def read_rows(
         self, name: str, start: int, stop: int, buffer: np.ndarray, columns: tuple[int, int] | None = None
@@ -129,7 +117,6 @@ class CheckpointReader:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        self._mapped.clear()
 
     def _descriptor(self, file: str) -> int:
         with self._lock:

@@ -1,7 +1,7 @@
 """Shards a checkpoint into one file per rank: bounded memory, all cores, resumable, nothing half-written."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +11,13 @@ import numpy as np
 from ..errors import CheckpointError
 from ..model_config import ModelConfig
 from .checkpoint import Checkpoint
-from .checks import weight_block_size
 from .decoder import UnitDecoder
 from .files import locked_folder, sync_folder
 from .journal import Journal
 from .manifest import Manifest, digest, tensor_checksum
-from .parallel import run_threads
-from .plan import ShardPlan, check_jobs, check_ranks, make_plans
+from .parallel import run_threads, thread_count
+from .plan import ShardPlan, check_ranks, make_plans
 from .planned_file import check_space
-from .progress import Progress, ProgressCallback
 
 JOURNAL_FILE = "unfinished.jsonl"
 # What is finished is made durable and noted this often: as much work as a crash can cost.
@@ -46,7 +44,7 @@ def shard_checkpoint(
     jobs: int | None = None,
     resume: bool = False,
     with_mtp: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: Callable[[int, int], None] | None = None,
     config: ModelConfig | None = None,
 ) -> ShardSummary:
     """Writes OUT_DIR/weights/tp{rank}_sharded_checkpoint.safetensors, the files of NxDI's own sharding.
@@ -54,13 +52,14 @@ def shard_checkpoint(
     dtype: "bfloat16" or "float32". ranks: all if not given. jobs: threads, one per core if not given. resume: keep what
     an interrupted run finished, and files that are complete; the checkpoint may have been copied since then, and is
     known again by its content (CheckpointReader.identity). with_mtp: write the MTP layers to OUT_DIR/mtp/weights too.
-    progress is called with a Progress after each piece of work, in the calling thread. config: another one than
-    config.json's, for example of a model with fewer layers.
+    progress is called as progress(done_bytes, total_bytes) after each piece of work, in the calling thread; what an
+    earlier run did is among the bytes that are done. config: another one than config.json's, for example of a model
+    with fewer layers.
 
     Raises ConfigError or CheckpointError. What is wrong with the checkpoint is told before any file is written, except
     NaN and infinity in large weights; so is a disk that is too small. What was finished is kept for `resume`.
     """
-    start, threads = time.monotonic(), check_jobs(jobs)
+    start, jobs = time.monotonic(), thread_count(jobs)
     with Checkpoint(model_dir, config) as checkpoint, ExitStack() as locks:
         plans = make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp)
         ranks = check_ranks(range(tp_degree) if ranks is None else ranks, tp_degree)
@@ -71,11 +70,10 @@ def shard_checkpoint(
         check_space([file for run in runs for file in run.files.values()], remedy)
         total = sum(run.total for run in runs)
         for run in runs:
-            with closing(run.execute(threads)) as steps:
+            with closing(run.execute(jobs)) as steps:
                 for _ in steps:
                     if progress:
-                        done, resumed = sum(run.done for run in runs), sum(run.resumed for run in runs)
-                        progress(Progress(done, total, time.monotonic() - start, resumed))
+                        progress(sum(run.done for run in runs), total)
     resumed = sum(run.resumed for run in runs)
     folders = tuple(plan.folder for plan in plans)
     files = sum(len(run.pending) for run in runs)
@@ -156,7 +154,7 @@ class _PartRun:
 
     def _write_units(self, journal: Journal, jobs: int) -> Iterator[None]:
         plan, columns = self._plan, {rank: journal.ranks.index(rank) for rank in self.pending}
-        decoder = UnitDecoder(self._reader, plan.dtype, weight_block_size(plan.config), plan.tp_degree, self.pending)
+        decoder = UnitDecoder(self._reader, plan.config, plan.dtype, plan.tp_degree, self.pending)
 
         def write(i: int) -> int:
             unit = plan.units[i]
@@ -170,7 +168,7 @@ class _PartRun:
         finished, synced = [], time.monotonic()
         try:
             todo = iter(np.flatnonzero(~journal.done).tolist())
-            for i in run_threads(todo, write, min(jobs, plan.affordable_jobs(self._reader))):
+            for i in run_threads(todo, write, min(jobs, decoder.affordable_jobs(plan.units))):
                 finished.append(i)
                 self.done += self._unit_bytes(i)
                 if time.monotonic() - synced > SYNC_SECONDS:

@@ -10,11 +10,13 @@ import torch
 from ..errors import CheckpointError
 from ..model_config import ModelConfig
 from .checkpoint import Checkpoint
-from .checks import foreign_quantization, ignored_tensors, weight_block_size
+from .checks import ignored_tensors
 from .decoder import UnitDecoder
+from .encodings import weight_block_size
 from .fp8 import SCALE_SUFFIX
 from .layout import checkpoint_layout, layer_of, stores_mtp
-from .parallel import cpu_count, run_threads
+from .parallel import run_threads, thread_count
+from .quantization import foreign_quantization
 from .reader import CheckpointReader
 from .units import Unit, plan_units
 
@@ -101,7 +103,7 @@ def summarize(checkpoint: Checkpoint, full: bool = False) -> CheckpointSummary:
 def damaged_weights(checkpoint: Checkpoint) -> list[str]:
     """Decodes everything as the sharder does, and tells of each tensor that cannot be."""
     reader, config = checkpoint.reader, checkpoint.config
-    decoder = UnitDecoder(reader, torch.bfloat16, weight_block_size(config), 1, [0])
+    decoder = UnitDecoder(reader, config, torch.float32)
 
     def decode(unit: Unit) -> str:
         try:
@@ -111,8 +113,8 @@ def damaged_weights(checkpoint: Checkpoint) -> list[str]:
         except CheckpointError as error:
             return str(error)
 
-    units = plan_units(checkpoint_layout(config, reader))
-    found = run_threads(units, decode, cpu_count())
+    units = list(plan_units(checkpoint_layout(config, reader)))
+    found = run_threads(units, decode, min(thread_count(None), decoder.affordable_jobs(units)))
     return sorted({line for line in found if line})
 
 

@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,11 @@ from ..dtypes import model_dtype
 from ..errors import CheckpointError, ConfigError, report_problems
 from ..model_config import read_model_config
 from .checkpoint import Checkpoint
-from .checks import weight_block_size
 from .decoder import UnitDecoder
 from .files import pread_into
 from .manifest import Manifest, digest, tensor_checksum
-from .parallel import run_threads
-from .plan import MODEL, MTP, ShardPlan, check_jobs, part_folder
-from .progress import Progress, ProgressCallback
+from .parallel import run_threads, thread_count
+from .plan import MODEL, MTP, ShardPlan, part_folder
 from .reader import CheckpointReader
 from .sharder import rank_value
 
@@ -39,7 +37,7 @@ def verify_shards(
     out_dir: str | Path,
     sample: float = 0.01,
     jobs: int | None = None,
-    progress: ProgressCallback | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifySummary:
     """Recomputes a random `sample` (0 to 1) of what `shard_checkpoint` wrote to `out_dir`, the MTP layers included.
 
@@ -49,8 +47,7 @@ def verify_shards(
     """
     if not 0 < sample <= 1:
         raise ConfigError(f"--sample {sample}: give a share above 0 and at most 1")
-    threads = check_jobs(jobs)
-    start, files, compared = time.monotonic(), 0, 0
+    start, jobs, files, compared = time.monotonic(), thread_count(jobs), 0, 0
     parts = [part for part in (MODEL, MTP) if part_folder(out_dir, part).exists()]
     if not parts:
         raise CheckpointError(f"{part_folder(out_dir, MODEL)}: no such folder; give the OUT_DIR of nxdi-deepseek shard")
@@ -61,10 +58,10 @@ def verify_shards(
             dtype, stored = model_dtype(manifest.dtype), checkpoint.reader
             plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, part, stored)
             check = _PartCheck(plan, manifest, checkpoint.reader)
-            with closing(check.execute(sample, threads)) as steps:
+            with closing(check.execute(sample, jobs)) as steps:
                 for done, total in steps:
                     if progress:
-                        progress(Progress(done, total, time.monotonic() - start))
+                        progress(done, total)
             files, compared = files + len(check.ranks), compared + done
     return VerifySummary(files, compared, time.monotonic() - start)
 
@@ -103,8 +100,7 @@ class _PartCheck:
 
     def _compare(self, indices: list[int], descriptors: dict[int, int], jobs: int) -> Iterator[tuple[int, int]]:
         plan = self._plan
-        block_size = weight_block_size(plan.config)
-        decoder = UnitDecoder(self._reader, plan.dtype, block_size, plan.tp_degree, self.ranks)
+        decoder = UnitDecoder(self._reader, plan.config, plan.dtype, plan.tp_degree, self.ranks)
         digests = np.zeros((len(plan.units), len(self.ranks)), np.uint64)
 
         def compare(i: int) -> int:
@@ -120,7 +116,7 @@ class _PartCheck:
             return i
 
         done, total = 0, sum(plan.unit_output_bytes(i, self.ranks) for i in indices)
-        for i in run_threads(iter(indices), compare, min(jobs, plan.affordable_jobs(self._reader))):
+        for i in run_threads(indices, compare, min(jobs, decoder.affordable_jobs(plan.units))):
             done += plan.unit_output_bytes(i, self.ranks)
             yield done, total
         if len(indices) == len(plan.units):

@@ -2,8 +2,8 @@
 
 import argparse
 
-from ..checkpoint.progress import format_bytes
 from ..checkpoint.summary import CheckpointSummary, inspect_checkpoint
+from ..progress_bar import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,7 @@ def shard_with_file_limit(model_dir, out_dir, tp_degree, limit, connection):
 def shard_slowly(model_dir, out_dir, tp_degree, connection):
     """Says when it has begun, then takes its time."""
 
-    def progress(_):
+    def progress(*_):
         connection.send("begun")
         time.sleep(60)
 

@@ -349,13 +349,14 @@ def test_an_mtp_layer_without_copies_is_written_with_the_models(model_dir, tmp_p
     assert main(["verify", str(model_dir), str(tmp_path / "none"), "--full"]) == 0
 
 
-def test_inspect_full_reads_the_weights(model_dir, capsys):
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_inspect_full_reads_the_weights(model_dir, capsys, value):
     name = "model.layers.0.self_attn.o_proj.weight"
     edit(model_dir, lambda tensors: {n: t.to(torch.bfloat16) if n == name else t for n, t in tensors.items()})
     drop(name + SCALE)(model_dir)
     assert main(["inspect", str(model_dir), "--full"]) == 0
     assert "every weight finite" in capsys.readouterr().out
-    replace(name, lambda t: t.index_fill(0, torch.tensor(3), math.nan))(model_dir)
+    replace(name, lambda t: t.index_fill(0, torch.tensor(3), value))(model_dir)
     assert main(["inspect", str(model_dir)]) == 0
     capsys.readouterr()
     assert main(["inspect", str(model_dir), "--full"]) == 1
