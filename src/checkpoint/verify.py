@@ -41,9 +41,10 @@ def verify_shards(
 ) -> VerifySummary:
     """Recomputes a random `sample` (0 to 1) of what `shard_checkpoint` wrote to `out_dir`, the MTP layers included.
 
-    Headers and rank tensors are compared always; with sample 1 everything is, the manifest's checksums too. Only then
-    a checkpoint is told from one of equal sizes, headers and small tensors with another large weight. Raises
-    CheckpointError that names every file and tensor that differs.
+    The checkpoint is read with the config.json that the rank files were made with. Headers and rank tensors are
+    compared always; with sample 1 everything is, the manifest's checksums too. Only then a checkpoint is told for sure
+    from one of equal sizes, headers and small tensors with another large weight. Raises CheckpointError that names
+    every file and tensor that differs.
     """
     if not 0 < sample <= 1:
         raise ConfigError(f"--sample {sample}: give a share above 0 and at most 1")

@@ -263,11 +263,12 @@ def model_dir(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def rank_files(tmp_path_factory):
+def as_written(tmp_path_factory):
+    """An undamaged folder, with rank files in `out`."""
     folder = tmp_path_factory.mktemp("as written")
     write_encoded(folder, "FP8, float32 scales")
     assert main(["shard", str(folder), str(folder / "out"), "--tp-degree", "2"]) == 0
-    return contents(folder / "out")
+    return folder
 
 
 def contents(out_dir):
@@ -284,7 +285,7 @@ def weights_problem(model_dir):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_one_verdict(model_dir, tmp_path, rank_files, capsys, name):
+def test_one_verdict(model_dir, tmp_path, as_written, capsys, name):
     damage, message = FOLDERS[name]
     damage(model_dir)
     inspected = main(["inspect", str(model_dir)])
@@ -297,10 +298,15 @@ def test_one_verdict(model_dir, tmp_path, rank_files, capsys, name):
     if message is None:
         assert (inspected, sharded, generated, weights_problem(model_dir)) == (0, 0, 0, None), (printed, of_shard)
         assert "complete: " in printed
-        assert (contents(tmp_path / "out") == rank_files) == (name not in OTHER_WEIGHTS)
+        assert (contents(tmp_path / "out") == contents(as_written / "out")) == (name not in OTHER_WEIGHTS)
         return
     assert (inspected, sharded, generated) == (1, 2, 2), printed
-    for error in (of_shard, of_generate, weights_problem(model_dir)):
+    errors = [of_shard, of_generate, weights_problem(model_dir)]
+    # verify goes by the config.json that the rank files were made with.
+    if (model_dir / "config.json").read_bytes() == (as_written / "config.json").read_bytes():
+        assert main(["verify", str(model_dir), str(as_written / "out")]) == 2
+        errors.append(capsys.readouterr().err)
+    for error in errors:
         assert message in error
         assert len(error.splitlines()) == 1
     assert any(message in line for line in told), told

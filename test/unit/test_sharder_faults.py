@@ -214,9 +214,9 @@ def test_source_that_changes_in_the_middle(folder, damage):
         shard_checkpoint(model_dir, folder / "out", TP_DEGREE, jobs=1, progress=change)
     assert not list((folder / "out").rglob("*.safetensors"))
     if damage == "rewritten":
-        with pytest.raises(CheckpointError, match="the unfinished run had another source"):
-            shard_checkpoint(model_dir, folder / "out", TP_DEGREE, resume=True)
-        shard_checkpoint(model_dir, folder / "out", TP_DEGREE)
+        # Only its time changed: the content is what the rank files are known by.
+        shard_checkpoint(model_dir, folder / "out", TP_DEGREE, resume=True)
+        verify_shards(model_dir, folder / "out", sample=1.0)
 
 
 def test_nan_among_the_weights_names_the_tensor(folder):
