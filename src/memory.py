@@ -7,6 +7,7 @@ from pathlib import Path
 from .errors import ConfigError
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
@@ -28,7 +29,7 @@ def memory_limit() -> int:
 def _cgroup_limits() -> Iterator[int]:
     """The limits of this process's group and of the groups around it, of cgroups version 2 and 1."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_GROUP.read_text().splitlines()
     except OSError:
         return
     for line in lines:

@@ -73,7 +73,7 @@ def test_nan_code_names_the_tensor(code):
     weight = torch.zeros(130, 4, dtype=torch.uint8)
     weight[129, 3] = code
     with pytest.raises(CheckpointError, match=r"layers\.3\.down_proj\.weight: holds NaN"):
-        dequantize_blocks(weight.view(torch.float8_e4m3fn), torch.ones(2, 1), name="layers.3.down_proj.weight")
+        dequantize_blocks(weight.view(torch.float8_e4m3fn), torch.ones(2, 1), name="model.layers.3.down_proj.weight")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
