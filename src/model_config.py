@@ -273,9 +273,10 @@ class _Fields:
 
     def raise_problems(self) -> None:
         if self._missing:
-            raise ConfigError(
-                f"{self._where}: missing {', '.join(self._missing)}; is this the config.json of a DeepSeek-V3 model?"
-            )
+            what = "is this the config.json of a DeepSeek-V3 model?"
+            if isinstance(self._fields.get("text_config"), Mapping):
+                what = "its text_config is that of a part of a larger model, which is not supported"
+            raise ConfigError(f"{self._where}: missing {', '.join(self._missing)}; {what}")
 
 
 def _model_type(read: _Fields) -> str:

@@ -137,7 +137,10 @@ def opened(paths: dict[int, Path]) -> Iterator[dict[int, int]]:
     with ExitStack() as stack:
         descriptors = {}
         for rank, path in paths.items():
-            descriptors[rank] = os.open(path, os.O_RDONLY)
+            try:
+                descriptors[rank] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
             stack.callback(os.close, descriptors[rank])
         yield descriptors
 

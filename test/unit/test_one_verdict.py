@@ -353,6 +353,9 @@ def test_an_mtp_layer_without_copies_is_written_with_the_models(model_dir, tmp_p
         assert len(contents(tmp_path / out_dir / "mtp")) == 2
     assert contents(tmp_path / "none/mtp") == contents(tmp_path / "copies/mtp")
     assert main(["verify", str(model_dir), str(tmp_path / "none"), "--full"]) == 0
+    assert main(["unshard", str(tmp_path / "none"), str(tmp_path / "back")]) == 0
+    assert main(["shard", str(tmp_path / "back"), str(tmp_path / "again"), *arguments]) == 0
+    assert contents(tmp_path / "again/mtp") == contents(tmp_path / "copies/mtp")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
