@@ -8,7 +8,7 @@ from typing import Any
 from . import backend
 from .dtypes import BY_TORCH
 from .errors import ConfigError
-from .model_config import ModelConfig, load_model_config, read_config_json, read_model_config
+from .model_config import OTHER_FORM_IN_JSON, ModelConfig, load_model_config, read_config_json, read_model_config
 from .neuron_values import check_values
 from .saved_config import CONFIG_FILE, check_saved_config, restore_enums
 from .third_party import told
@@ -41,8 +41,6 @@ _UNSUPPORTED = {
     "fused_qkv": (False, "leave it off; the down-projections are always fused"),
     "quantized": (False, "FP8 checkpoints are dequantized while loading"),
 }
-# Fields of ModelConfig that config.json has in another form.
-_OTHER_FORM_IN_JSON = ("rope_theta", "rope_scaling", "quantization", "dtype", "eos_token_id")
 # What NxDI asks of a config and a config.json may leave out.
 _ASKED_BY_NXDI = {"hidden_act": "silu", "output_attentions": False, "output_hidden_states": False}
 
@@ -108,7 +106,7 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
         self.num_cores_per_group = 1
         model = self.model
         for field in fields(model):
-            if field.name not in _OTHER_FORM_IN_JSON:
+            if field.name not in OTHER_FORM_IN_JSON:
                 setattr(self, field.name, getattr(model, field.name))
         for name, value in _ASKED_BY_NXDI.items():
             if getattr(self, name, None) is None:

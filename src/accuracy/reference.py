@@ -1,25 +1,21 @@
 """The judge: Hugging Face's own classes for a checkpoint folder, their config, their weights, and the whole model."""
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.checks import check_tensors, weight_block_size
 from ..checkpoint.convert import read_weight
-from ..checkpoint.fp8 import SCALE_SUFFIX
 from ..checkpoint.layout import model_layout
-from ..checkpoint.reader import CheckpointReader
 from ..errors import ConfigError
+from ..memory import check_memory
 from ..model_config import ModelConfig
 
 _BIAS = "e_score_correction_bias"
@@ -75,9 +71,8 @@ class Weights:
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
-        self.reader, self.dtype = checkpoint.reader, dtype
-        check_tensors(self.reader, checkpoint.config)
-        self.block_size = weight_block_size(checkpoint.config)
+        self.reader, self.config, self.dtype = checkpoint.reader, checkpoint.config, dtype
+        checkpoint.check()
 
     def get(self, name: str) -> Tensor:
         """A whole tensor."""
@@ -85,10 +80,8 @@ class Weights:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of a tensor."""
-        aligned = start - start % self.block_size[0]
-        source = _Rows(self.reader, aligned, stop, self.block_size[0])
         dtype = torch.float32 if name.endswith(_BIAS) else self.dtype
-        return read_weight(source, name, dtype, self.block_size)[start - aligned :]
+        return read_weight(self.reader, name, self.config, dtype, (start, stop))
 
     def load(self, build: Callable[[], nn.Module], prefix: str) -> nn.Module:
         """A Hugging Face module with its weights: `prefix` and the module's own names make the checkpoint's."""
@@ -96,24 +89,6 @@ class Weights:
             module = build()
         module.load_state_dict({name: self.get(prefix + name) for name in module.state_dict()}, assign=True)
         return module.eval()
-
-
-class _Rows:
-    """What read_weight takes: some rows of each weight, with the rows of its scale that belong to them."""
-
-    def __init__(self, reader: CheckpointReader, start: int, stop: int, block_rows: int):
-        self.reader, self.start, self.stop, self.block_rows = reader, start, stop, block_rows
-
-    def describe(self, name: str) -> str:
-        return self.reader.describe(name)
-
-    def get(self, name: str) -> Tensor:
-        step = self.block_rows if name.endswith(SCALE_SUFFIX) else 1
-        start, stop = self.start // step, -(-self.stop // step)
-        shape = (stop - start, *self.reader.shape(name)[1:])
-        buffer = np.empty((stop - start) * self.reader.entries[name].row_bytes, np.uint8)
-        self.reader.read_rows(name, start, stop, buffer)
-        return torch.from_numpy(buffer).view(self.reader.dtype(name)).view(shape)
 
 
 def hugging_face_model(model_dir: str | Path) -> PreTrainedModel:
@@ -150,12 +125,8 @@ def _check_loaded(model: PreTrainedModel, report: dict[str, Any]) -> None:
 
 def _check_memory(config: ModelConfig) -> None:
     needed = sum(spec.numel for spec in model_layout(config)) * torch.float32.itemsize
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ConfigError(
-            f"Hugging Face's model in float32 needs {needed / 2**30:.0f} GiB of memory, and this machine has "
-            f"{memory / 2**30:.0f}; compare with saved outputs instead (inference_demo: --expected-outputs-path)"
-        )
+    remedy = "compare with saved outputs instead (inference_demo: --expected-outputs-path)"
+    check_memory(needed, "Hugging Face's model in float32", remedy)
 
 
 @torch.no_grad()

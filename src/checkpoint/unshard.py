@@ -1,8 +1,7 @@
 """The way back: rank files become a Hugging Face checkpoint, with its names and shapes, no longer in FP8."""
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -11,15 +10,14 @@ import numpy as np
 from ..dtypes import model_dtype, to_safetensors
 from ..errors import CheckpointError
 from ..model_config import read_model_config
-from .decoder import BITS
+from .encodings import BITS
 from .files import locked_folder, pread_into, sync_folder, write_json
 from .header import build_header
 from .layout import Source
 from .manifest import Manifest
-from .parallel import cpu_count, run_threads
+from .parallel import run_threads, thread_count
 from .plan import MODEL, MTP, ShardPlan, part_folder
-from .planned_file import PlannedFile
-from .progress import Progress, ProgressCallback
+from .planned_file import PlannedFile, check_space
 from .reader import INDEX_FILE
 from .units import Unit
 from .verify import opened
@@ -28,14 +26,17 @@ _FILE_BYTES = 5_000_000_000
 
 
 def unshard(
-    out_dir: str | Path, model_dir: str | Path, jobs: int | None = None, progress: ProgressCallback | None = None
+    out_dir: str | Path,
+    model_dir: str | Path,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Writes MODEL_DIR from all rank files of `out_dir` (and of the MTP layers, where they are). Returns its bytes.
 
     Weights keep the dtype of the rank files; config.json loses its quantization. Raises CheckpointError when a rank
     file is missing or `model_dir` holds a checkpoint.
     """
-    model_dir, start = Path(model_dir), time.monotonic()
+    model_dir, jobs = Path(model_dir), thread_count(jobs)
     if (model_dir / INDEX_FILE).exists():
         raise CheckpointError(f"{model_dir / INDEX_FILE}: exists; choose another folder")
     manifest = Manifest.load_existing(part_folder(out_dir, MODEL))
@@ -52,11 +53,11 @@ def unshard(
         try:
             output.create()
             for plan in plans:
-                with closing(_copy_units(plan, output, jobs or cpu_count())) as steps:
+                with closing(_copy_units(plan, output, jobs)) as steps:
                     for size in steps:
                         done += size
                         if progress:
-                            progress(Progress(done, output.total, time.monotonic() - start))
+                            progress(done, output.total)
             output.commit()
         finally:
             output.close()
@@ -95,6 +96,7 @@ class _ModelFiles:
         self.weight_map = {name: file.path.name for name, file in sorted(self._files.items())}
 
     def create(self) -> None:
+        check_space(self._planned, "free some, or choose another folder")
         for file in self._planned:
             file.create()
 
@@ -145,7 +147,7 @@ def _copy_units(plan: ShardPlan, output: _ModelFiles, jobs: int) -> Iterator[int
                 output.write_rows(source, row, bits)
             return sum(bits.nbytes for _, _, bits in rows)
 
-        yield from run_threads(iter(units), copy, jobs)
+        yield from run_threads(units, copy, jobs)
 
 
 def _gather(

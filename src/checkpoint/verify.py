@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,15 @@ import numpy as np
 
 from ..dtypes import model_dtype
 from ..errors import CheckpointError, ConfigError, report_problems
+from ..model_config import read_model_config
 from .checkpoint import Checkpoint
-from .checks import weight_block_size
 from .decoder import UnitDecoder
 from .files import pread_into
 from .manifest import Manifest, digest, tensor_checksum
-from .parallel import cpu_count, run_threads
+from .parallel import run_threads, thread_count
 from .plan import MODEL, MTP, ShardPlan, part_folder
-from .progress import Progress, ProgressCallback
 from .reader import CheckpointReader
-from .sharder import check_plans, rank_value
+from .sharder import rank_value
 
 
 @dataclass(frozen=True)
@@ -38,30 +37,32 @@ def verify_shards(
     out_dir: str | Path,
     sample: float = 0.01,
     jobs: int | None = None,
-    progress: ProgressCallback | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifySummary:
     """Recomputes a random `sample` (0 to 1) of what `shard_checkpoint` wrote to `out_dir`, the MTP layers included.
 
-    Headers and rank tensors are compared always; with sample 1 everything is, the manifest's checksums too. Raises
-    CheckpointError that names every file and tensor that differs.
+    The checkpoint is read with the config.json that the rank files were made with. Headers and rank tensors are
+    compared always; with sample 1 everything is, the manifest's checksums too. Only then a checkpoint is told for sure
+    from one of equal sizes, headers and small tensors with another large weight. Raises CheckpointError that names
+    every file and tensor that differs.
     """
     if not 0 < sample <= 1:
-        raise ConfigError(f"sample {sample} must be above 0 and at most 1")
-    start, files, compared = time.monotonic(), 0, 0
+        raise ConfigError(f"--sample {sample}: give a share above 0 and at most 1")
+    start, jobs, files, compared = time.monotonic(), thread_count(jobs), 0, 0
     parts = [part for part in (MODEL, MTP) if part_folder(out_dir, part).exists()]
     if not parts:
         raise CheckpointError(f"{part_folder(out_dir, MODEL)}: no such folder; give the OUT_DIR of nxdi-deepseek shard")
-    with Checkpoint(model_dir) as checkpoint:
-        for part in parts:
-            manifest = Manifest.load_existing(part_folder(out_dir, part))
-            dtype = model_dtype(manifest.dtype)
-            plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, part)
-            check_plans(checkpoint, [plan])
+    manifests = [Manifest.load_existing(part_folder(out_dir, part)) for part in parts]
+    with Checkpoint(model_dir, read_model_config(manifests[0].config)) as checkpoint:
+        checkpoint.check()
+        for part, manifest in zip(parts, manifests, strict=True):
+            dtype, stored = model_dtype(manifest.dtype), checkpoint.reader
+            plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, part, stored)
             check = _PartCheck(plan, manifest, checkpoint.reader)
-            with closing(check.execute(sample, jobs or cpu_count())) as steps:
+            with closing(check.execute(sample, jobs)) as steps:
                 for done, total in steps:
                     if progress:
-                        progress(Progress(done, total, time.monotonic() - start))
+                        progress(done, total)
             files, compared = files + len(check.ranks), compared + done
     return VerifySummary(files, compared, time.monotonic() - start)
 
@@ -100,8 +101,7 @@ class _PartCheck:
 
     def _compare(self, indices: list[int], descriptors: dict[int, int], jobs: int) -> Iterator[tuple[int, int]]:
         plan = self._plan
-        block_size = weight_block_size(plan.config)
-        decoder = UnitDecoder(self._reader, plan.dtype, block_size, plan.tp_degree, self.ranks)
+        decoder = UnitDecoder(self._reader, plan.config, plan.dtype, plan.tp_degree, self.ranks)
         digests = np.zeros((len(plan.units), len(self.ranks)), np.uint64)
 
         def compare(i: int) -> int:
@@ -117,7 +117,7 @@ class _PartCheck:
             return i
 
         done, total = 0, sum(plan.unit_output_bytes(i, self.ranks) for i in indices)
-        for i in run_threads(iter(indices), compare, min(jobs, plan.affordable_jobs(self._reader))):
+        for i in run_threads(indices, compare, min(jobs, decoder.affordable_jobs(plan.units))):
             done += plan.unit_output_bytes(i, self.ranks)
             yield done, total
         if len(indices) == len(plan.units):
@@ -137,7 +137,10 @@ def opened(paths: dict[int, Path]) -> Iterator[dict[int, int]]:
     with ExitStack() as stack:
         descriptors = {}
         for rank, path in paths.items():
-            descriptors[rank] = os.open(path, os.O_RDONLY)
+            try:
+                descriptors[rank] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
             stack.callback(os.close, descriptors[rank])
         yield descriptors
 

@@ -45,6 +45,10 @@ REFUSED = {
     "missing fields": ({"hidden_size": None, "kv_lora_rank": None}, "missing hidden_size, kv_lora_rank"),
     "another family": ({"model_type": "llama"}, "model_type 'llama'"),
     "a nested config": ({"model_type": "kimi_k25", "text_config": {}, "hidden_size": None}, "model_type 'kimi_k25'"),
+    "a nested config of a known type": (
+        {"text_config": {}, "hidden_size": None},
+        "missing hidden_size; its text_config is",
+    ),
     "dtype fp8": ({"torch_dtype": "fp8"}, "torch_dtype 'fp8'"),
     "zero block size": ({"quantization_config": {"weight_block_size": [0, 32]}}, "weight_block_size [0, 32]"),
     "negative block size": ({"quantization_config": {"weight_block_size": [32, -32]}}, "weight_block_size [32, -32]"),
