@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.convert import read_weight
+from ..checkpoint.convert import dequantized_state_dict, read_weight
 from ..checkpoint.layout import model_layout
 from ..errors import ConfigError
 from ..memory import check_memory
@@ -98,12 +98,10 @@ def hugging_face_model(model_dir: str | Path) -> PreTrainedModel:
     """
     with Checkpoint(model_dir) as checkpoint:
         _check_memory(checkpoint.config)
-        weights = Weights(checkpoint, torch.float32)
-        names = (part.name for spec in model_layout(checkpoint.config) for part in spec.sources)
         model, report = judge_class(checkpoint.config).from_pretrained(
             None,
             config=hugging_face_config(checkpoint),
-            state_dict={name: weights.get(name) for name in names},
+            state_dict=dequantized_state_dict(checkpoint),
             dtype=torch.float32,
             output_loading_info=True,
         )

@@ -57,7 +57,5 @@ def _differing_fields(found: ModelConfig, config: ModelConfig) -> dict[str, Any]
     """
     if list(model_layout(found)) == list(model_layout(config)):
         return {}
-    values = (
-        (field.name, getattr(config, field.name)) for field in fields(config) if field.name not in OTHER_FORM_IN_JSON
-    )
-    return {name: value for name, value in values if value != getattr(found, name)}
+    names = {field.name for field in fields(config)} - set(OTHER_FORM_IN_JSON)
+    return {name: getattr(config, name) for name in sorted(names) if getattr(config, name) != getattr(found, name)}
