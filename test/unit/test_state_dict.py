@@ -3,7 +3,7 @@
 import pytest
 import torch
 from nxdi_deepseek import memory
-from nxdi_deepseek.accuracy.weights import Weights
+from nxdi_deepseek.accuracy.reference import Weights
 from nxdi_deepseek.checkpoint import reader
 from nxdi_deepseek.checkpoint.checkpoint import Checkpoint
 from nxdi_deepseek.checkpoint.convert import dequantized_state_dict, state_dict_of
