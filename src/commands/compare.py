@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -87,7 +88,7 @@ def _run_model(args: argparse.Namespace, golden: "Recording", gates: dict[str, f
 def _load_model(args: argparse.Namespace, golden: "Recording") -> "NeuronDeepseekV3ForCausalLM":
     from .. import backend
     from ..accuracy.comparison import check_same_model
-    from ..accuracy.recording import dimensions
+    from ..accuracy.recording import dimensions, readable
     from ..application import NeuronDeepseekV3ForCausalLM
     from ..config import DeepseekV3InferenceConfig
     from ..model_config import load_model_config
@@ -97,7 +98,8 @@ def _load_model(args: argparse.Namespace, golden: "Recording") -> "NeuronDeepsee
         check_same_model(golden, dimensions(load_model_config(args.subject)))
         prompts, steps = [entry.prompt for entry in golden.entries], golden.rule().max_new_tokens
         return load_model(args.subject, prompts, steps, args.dtype, seq_len=None, tp_degree=1)
-    config = DeepseekV3InferenceConfig.load(args.subject)
+    with readable(Path(args.subject, _COMPILED_CONFIG), "compile again"):
+        config = DeepseekV3InferenceConfig.load(args.subject)
     check_same_model(golden, dimensions(config.model))
     model = NeuronDeepseekV3ForCausalLM(args.subject, config)
     needed = max(len(entry.prompt) + len(entry.tokens) for entry in golden.entries)

@@ -300,6 +300,16 @@ def test_a_damaged_trace_is_one_line(golden, tmp_path):
         compare_traces(golden, golden.trace, "float32")
 
 
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '{"neuron_config": 5}'])
+def test_a_damaged_compiled_folder_is_one_line(golden, tmp_path, capsys, content):
+    golden.save(tmp_path / "golden")
+    (tmp_path / "neuron_config.json").write_text(content)
+    assert main(["compare", str(tmp_path / "golden"), str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "neuron_config.json: cannot be read" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
