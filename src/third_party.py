@@ -67,6 +67,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool = False) 
     The beginning-of-sequence token stands there once, also where the text or the template brings it along.
     Raises ConfigError.
     """
+    if not text:
+        raise ConfigError("a prompt is empty; give at least one character")
     if chat:
         text = apply_chat_template(tokenizer, text)
     with told("the tokenizer fails on the prompt"):

@@ -1,6 +1,10 @@
 """The commands `demo` and `generate` on NxDI."""
 
-from support import nxdi
+import socket
+import subprocess
+import sys
+
+from support import nxdi, without_sdk
 
 nxdi.require_nxdi()
 
@@ -25,3 +29,19 @@ def test_generate_prints_every_sequence(capsys, tmp_path):
     assert main(["generate", str(tmp_path), *prompts, "--max-new-tokens", "6", "--dtype", "float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [len(line.split()) for line in lines if line.startswith("[")] == [7, 7]
+
+
+def test_two_runs_at_once(tmp_path):
+    """Without torchrun, neither takes a port of the machine; in turn they would print the same."""
+    write_checkpoint(tmp_path, DEMO_CONFIG)
+    command = [sys.executable, "-m", "nxdi_deepseek.cli", "generate", str(tmp_path), "--prompt-ids", "5,17,42"]
+    command += ["--max-new-tokens", "6", "--dtype", "float32"]
+    # A port that nobody can bind stands for one that another run has taken.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        environment = without_sdk.environment() | {"MASTER_PORT": str(taken.getsockname()[1])}
+        runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        outputs = [run.communicate(timeout=300)[0].splitlines() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert outputs[0][-1] == outputs[1][-1]
+    assert len(outputs[0][-1].split()) == 6
