@@ -6,9 +6,11 @@ with ratios to transformers as installed, with its defaults for attention, exper
 chunks of 1024 tokens, since the scores of a long one at once would not fit in memory.
 
 Both sides decode in turns, one step each, so that a busy machine slows both alike; tokens per second are those of the
-median step. The memory is that of the prompt and one step; our cache is allocated before, so it is added to our growth.
+median step. Where other processes take the cores, compare with `--threads 1`: several threads wait for the slowest of
+them at every operation. The memory is that of the prompt and one step; our cache is allocated before, so it is added to
+our growth.
 
-    python bench/decode_rate.py [--contexts 128,2048,8192] [--new-tokens 16]
+    python bench/decode_rate.py [--contexts 128,2048,8192] [--new-tokens 16] [--threads 2]
 """
 
 import argparse
@@ -63,7 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="128,2048,8192")
     parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as model_dir:
         write_checkpoint(model_dir, CONFIG)
         model = hugging_face_model(model_dir)
