@@ -29,12 +29,14 @@ def nxdi_version():
 
 
 def require_nxdi():
-    """At the head of a test module: load NxDI, or skip the module."""
+    """At the head of a test module: load NxDI, or skip the module; with REQUIRE_NXDI=1 that is a failure."""
     import pytest
 
     try:
         return load_nxdi()
     except NxDINotFound as error:
+        if os.environ.get("REQUIRE_NXDI") == "1":
+            pytest.fail(f"REQUIRE_NXDI=1, and {error}", pytrace=False)
         pytest.skip(str(error), allow_module_level=True)
 
 

@@ -1,8 +1,12 @@
 """How the package can be imported."""
 
+import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -21,3 +25,13 @@ def test_only_the_seam_and_the_integrations_import_neuron_packages():
             continue
         imports = [line.split()[1] for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
         assert not [module for module in imports if module.startswith(names)], path
+
+
+@pytest.mark.skipif(importlib.util.find_spec("neuronx_distributed_inference") is not None, reason="NxDI is installed")
+@pytest.mark.parametrize(("required", "status"), [("", 0), ("1", 2)])
+def test_integration_tests_without_nxdi_pass_unless_it_is_required(tmp_path, required, status):
+    environment = os.environ | {"NXDI_SOURCE": str(tmp_path), "REQUIRE_NXDI": required}
+    command = [sys.executable, "-m", "pytest", "-q", "test/integration/test_registration.py"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == status, result.stdout
+    assert ("REQUIRE_NXDI=1, and no NxDI" in result.stdout) == bool(required)

@@ -240,7 +240,8 @@ def test_entry_points_of_the_installed_package_import_nothing_heavy(group):
 
 def test_without_the_plugin_nothing_happens(module_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)  # importing it would fail
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         vllm.register_model()
 
 
