@@ -2,6 +2,7 @@
 
 import sys
 from types import TracebackType
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -28,26 +29,33 @@ class ByteBar:
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            kind, seconds = (tqdm, 0.1) if sys.stderr.isatty() else (_Lines, _SECONDS_BETWEEN_LINES)
-            self._bar = kind(
+            terminal = sys.stderr.isatty()
+            seconds = 0.1 if terminal else _SECONDS_BETWEEN_LINES
+            self._bar = tqdm(
                 desc=self._what,
                 initial=done,
                 total=total,
                 unit="B",
                 unit_scale=True,
-                file=sys.stderr,
+                file=sys.stderr if terminal else _Log(sys.stderr),
                 mininterval=seconds,
                 maxinterval=seconds,
             )
         self._bar.update(done - self._bar.n)
 
 
-class _Lines(tqdm):
-    """Writes each state on a line of its own."""
+class _Log:
+    """A file that gets each state of the bar as a line of its own."""
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        self.fp.write((msg or str(self)) + "\n")
-        return True
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._file.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def format_bytes(count: float) -> str:
