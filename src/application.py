@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
-from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.convert import state_dict_of
+from .checkpoint.folder import Checkpoint
 from .checkpoint.source import StateDictSource, TensorSource
 from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name

@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import locked_folder
+from ..checkpoint.folder import Checkpoint
 from ..dtypes import dtype_name
 from ..errors import ConfigError
 from .oracle import KeyValues, LayerOracle

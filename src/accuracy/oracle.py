@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.folder import Checkpoint
 from .reference import Weights, hugging_face_config, judge_class
 from .tracing import attention_taps, interleave, put
 

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.convert import dequantized_state_dict, read_weight
+from ..checkpoint.folder import Checkpoint
 from ..checkpoint.layout import model_layout
 from ..errors import ConfigError
 from ..memory import check_memory

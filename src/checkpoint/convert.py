@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..memory import check_memory
 from ..model_config import ModelConfig
-from .checkpoint import Checkpoint
 from .checks import check_tensors
 from .decoder import UnitDecoder
+from .folder import Checkpoint
 from .layout import Source, TensorSpec, model_layout, rank_tensor_names
 from .parallel import run_threads, thread_count
 from .quantization import with_stored_blocks

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..model_config import ModelConfig
 from .fp8 import CODE_VALUES, FP8_MAX, SCALE_SUFFIX, scale_to_float32
 from .header import TensorEntry
-from .kernels import copy_strips, decode_blocks, largest_magnitude
+from .numba_kernels import copy_strips, decode_blocks, largest_magnitude
 from .source import TensorSource
 from .units import Range
 

@@ -10,8 +10,8 @@ from math import gcd
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .checkpoint import Checkpoint
 from .decoder import UnitDecoder
+from .folder import Checkpoint
 from .parallel import run_threads, thread_count
 from .plan import ShardPlan, make_plans
 from .reader import CheckpointReader

@@ -17,7 +17,7 @@ from .planned_file import PlannedFile
 from .units import Region, Unit, plan_units
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+    from .folder import Checkpoint
 
 MODEL, MTP = "model", "mtp"
 # Below the output folder; `weights` is where NxDI's load() looks.

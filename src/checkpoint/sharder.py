@@ -10,9 +10,9 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..model_config import ModelConfig
-from .checkpoint import Checkpoint
 from .decoder import UnitDecoder
 from .files import locked_folder, sync_folder
+from .folder import Checkpoint
 from .journal import Journal
 from .manifest import Manifest, digest, tensor_checksum
 from .parallel import run_threads, thread_count

@@ -9,10 +9,10 @@ import torch
 
 from ..errors import CheckpointError
 from ..model_config import ModelConfig
-from .checkpoint import Checkpoint
 from .checks import ignored_tensors
 from .decoder import UnitDecoder
 from .encodings import weight_block_size
+from .folder import Checkpoint
 from .fp8 import SCALE_SUFFIX
 from .layout import checkpoint_layout, layer_of, stores_mtp
 from .parallel import run_threads, thread_count

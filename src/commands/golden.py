@@ -6,7 +6,7 @@ import time
 
 from ..accuracy.golden_run import make_golden
 from ..accuracy.recording import Entry, Rule
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.folder import Checkpoint
 from ..dtypes import model_dtype
 from ..errors import ConfigError
 from .arguments import non_negative_int, positive_int

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..checkpoint.unshard import unshard
+from ..checkpoint.unsharder import unshard
 from ..progress_bar import ByteBar, format_bytes
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..checkpoint.verify import verify_shards
+from ..checkpoint.verifier import verify_shards
 from ..progress_bar import ByteBar, format_bytes, format_seconds
 
 

@@ -9,7 +9,7 @@ nxdi.require_nxdi()
 from nxdi_deepseek.accuracy.golden_run import make_golden  # noqa: E402
 from nxdi_deepseek.accuracy.metrics import TOLERANCE_MAP, judge  # noqa: E402
 from nxdi_deepseek.accuracy.recording import Entry, Rule  # noqa: E402
-from nxdi_deepseek.checkpoint.checkpoint import Checkpoint  # noqa: E402
+from nxdi_deepseek.checkpoint.folder import Checkpoint  # noqa: E402
 from nxdi_deepseek.cli import main  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 from support.compare_suite import *  # noqa: E402, F403

@@ -7,7 +7,7 @@ from nxdi_deepseek.accuracy.comparison import DEFAULTS
 from nxdi_deepseek.accuracy.golden_run import make_golden
 from nxdi_deepseek.accuracy.recording import Entry, Rule
 from nxdi_deepseek.accuracy.runner import evaluate
-from nxdi_deepseek.checkpoint.checkpoint import Checkpoint
+from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.example_configs import DEMO_CONFIG

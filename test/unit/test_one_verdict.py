@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from nxdi_deepseek.accuracy.reference import Weights
-from nxdi_deepseek.checkpoint.checkpoint import Checkpoint
+from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.fp8 import scale_shape
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 from nxdi_deepseek.checkpoint.sharder import JOURNAL_FILE, shard_checkpoint
-from nxdi_deepseek.checkpoint.unshard import unshard
-from nxdi_deepseek.checkpoint.verify import verify_shards
+from nxdi_deepseek.checkpoint.unsharder import unshard
+from nxdi_deepseek.checkpoint.verifier import verify_shards
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError
 from nxdi_deepseek.model_config import load_model_config

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from nxdi_deepseek.accuracy.reference import hugging_face_config, hugging_face_model, judge_class, reference_logits
-from nxdi_deepseek.checkpoint.checkpoint import Checkpoint
+from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.errors import ConfigError
 from support.models import CONFIGS, YARN

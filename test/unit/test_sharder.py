@@ -8,8 +8,8 @@ import pytest
 import torch
 from nxdi_deepseek.checkpoint import decoder, reader, sharder
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
-from nxdi_deepseek.checkpoint.unshard import unshard
-from nxdi_deepseek.checkpoint.verify import verify_shards
+from nxdi_deepseek.checkpoint.unsharder import unshard
+from nxdi_deepseek.checkpoint.verifier import verify_shards
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError, ConfigError
 from safetensors import safe_open

@@ -12,7 +12,7 @@ import pytest
 from nxdi_deepseek.checkpoint import journal, planned_file, sharder
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.checkpoint.synthetic import write_sparse_checkpoint
-from nxdi_deepseek.checkpoint.verify import verify_shards
+from nxdi_deepseek.checkpoint.verifier import verify_shards
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError
 from support import faults

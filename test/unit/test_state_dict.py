@@ -5,8 +5,8 @@ import torch
 from nxdi_deepseek import memory
 from nxdi_deepseek.accuracy.reference import Weights
 from nxdi_deepseek.checkpoint import reader
-from nxdi_deepseek.checkpoint.checkpoint import Checkpoint
 from nxdi_deepseek.checkpoint.convert import dequantized_state_dict, state_dict_of
+from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.layout import Combine, model_layout
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.errors import CheckpointError, ConfigError

@@ -3,8 +3,8 @@
 import re
 
 import torch
-from nxdi_deepseek.checkpoint.checkpoint import Checkpoint
 from nxdi_deepseek.checkpoint.convert import read_weight
+from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.fp8 import SCALE_SUFFIX
 
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate|up|down)_proj")

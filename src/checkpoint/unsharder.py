@@ -20,7 +20,7 @@ from .plan import MODEL, MTP, ShardPlan, part_folder
 from .planned_file import PlannedFile, check_space
 from .reader import INDEX_FILE
 from .units import Unit
-from .verify import opened
+from .verifier import opened
 
 _FILE_BYTES = 5_000_000_000
 

@@ -13,9 +13,9 @@ import numpy as np
 from ..dtypes import model_dtype
 from ..errors import CheckpointError, ConfigError, report_problems
 from ..model_config import read_model_config
-from .checkpoint import Checkpoint
 from .decoder import UnitDecoder
 from .files import pread_into
+from .folder import Checkpoint
 from .manifest import Manifest, digest, tensor_checksum
 from .parallel import run_threads, thread_count
 from .plan import MODEL, MTP, ShardPlan, part_folder
