@@ -1,5 +1,6 @@
 """Golden outputs against transformers' whole model, and what a killed run leaves."""
 
+import importlib
 import os
 import shutil
 import signal
