@@ -77,7 +77,7 @@ def test_kernels_work_where_numba_has_no_place_to_keep_them(model_dir, tmp_path)
         "from nxdi_deepseek.cli import main\n"
         "assert main(sys.argv[1:]) == 0\n"
         "from nxdi_deepseek.checkpoint import numba_kernels\n"
-        "print(kernels.__file__)\n"
+        "print(numba_kernels.__file__)\n"
     )
     arguments = ("shard", str(model_dir), str(tmp_path / "out"), "--tp-degree", "2")
     printed = run(code, *arguments, PYTHONPATH=str(tmp_path / "site"), HOME="/dev/null/nonexistent")
