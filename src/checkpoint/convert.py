@@ -2,6 +2,7 @@
 
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,8 @@ def read_weight(
     start, stop = rows or (0, shape[0])
     unit = Unit(TensorSpec(name, (Source(name, shape),)), 0, start, stop)
     tensor = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-    _fill(tensor.view(1, stop - start, -1), UnitDecoder(source, config, dtype), unit, start)
+    decoder = UnitDecoder(source, config, dtype)
+    decoder.decode_region(unit, unit.region(0, 1), _bits(tensor.view(stop - start, -1)))
     return tensor
 
 
@@ -80,16 +82,16 @@ def _decoded(
     decoder, units = UnitDecoder(source, config, dtype, tp_degree, [rank]), list(plan_units(specs))
 
     def decode(unit: Unit) -> None:
-        grid_shape = unit.spec.grid.rank_shape(tp_degree)
-        _fill(tensors[unit.spec.name].view(grid_shape), decoder, unit)
+        region = unit.region(rank, tp_degree)
+        if region:
+            grid = tensors[unit.spec.name].view(unit.spec.grid.rank_shape(tp_degree))
+            decoder.decode_region(unit, region, _bits(grid[unit.expert, region.start : region.stop]))
 
     for _ in run_threads(units, decode, min(thread_count(None), decoder.affordable_jobs(units))):
         pass
     return tensors
 
 
-def _fill(grid: Tensor, decoder: UnitDecoder, unit: Unit, first_row: int = 0) -> None:
-    """Decodes a unit to its place in a tensor [experts, rows, columns] that begins at `first_row`."""
-    for _, region, bits in decoder.regions(unit):
-        place = grid[unit.expert, region.start - first_row : region.stop - first_row]
-        place.view(torch.from_numpy(bits).dtype).numpy()[...] = bits
+def _bits(tensor: Tensor) -> np.ndarray:
+    """The memory of a tensor as the decoder writes it."""
+    return tensor.view(torch.uint32 if tensor.itemsize == 4 else torch.uint16).numpy()

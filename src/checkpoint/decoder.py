@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..model_config import ModelConfig
-from .encodings import BITS, EncodedRows, Window, encoded_rows, working_bytes
+from .encodings import BITS, EncodedRows, Window, encoded_rows
 from .source import TensorSource
 from .units import Region, Unit, read_columns, read_ranges
 
@@ -39,18 +39,17 @@ class UnitDecoder:
         same come together. Raises CheckpointError naming a tensor that holds NaN or infinity or cannot be read.
         """
         groups = self._groups(unit)
-        dtype = unit.spec.dtype(self._dtype)
-        sources = [
-            self._load(source.name, block.transposed, [region for _, region in groups], dtype, i)
-            for i, (source, block) in enumerate(zip(unit.sources(), unit.spec.grid.blocks, strict=True))
-        ]
+        sources = self._load_all(unit, [region for _, region in groups])
+        bits_dtype = BITS[unit.spec.dtype(self._dtype)]
         for ranks, region in groups:
             shape = (region.stop - region.start, region.columns)
-            bits = self._buffer("region", shape[0] * shape[1] * BITS[dtype]().itemsize).view(BITS[dtype]).reshape(shape)
-            for piece in region.pieces:
-                (top, bottom), (left, right) = piece.target
-                sources[piece.block].paste(*piece.source, bits[top:bottom, left:right])
+            bits = self._buffer("region", shape[0] * shape[1] * bits_dtype().itemsize).view(bits_dtype).reshape(shape)
+            _paste(region, sources, bits)
             yield ranks, region, bits
+
+    def decode_region(self, unit: Unit, region: Region, out: np.ndarray) -> None:
+        """The same for one region of a unit, into `out` [rows, columns]."""
+        _paste(region, self._load_all(unit, [region]), out)
 
     def affordable_jobs(self, units: Sequence[Unit]) -> int:
         """How many of the units can be in work at a time within the memory set aside for that."""
@@ -58,12 +57,12 @@ class UnitDecoder:
         return max(1, _WORKING_MEMORY // max(map(self._memory, largest.values())))
 
     def _memory(self, unit: Unit) -> int:
-        """Bytes that a thread needs for a unit: its sources as stored and converted, and one region."""
+        """Bytes that a thread needs for a unit: its sources as stored, and one region."""
         grid, size = unit.spec.grid, 0
         rows = unit.stop - unit.start
         for source, block in zip(unit.sources(), grid.blocks, strict=True):
             read_rows = block.rows if block.transposed else min(rows, block.rows)
-            size += read_rows * working_bytes(self._source.entries[source.name])
+            size += read_rows * self._source.entries[source.name].row_bytes
         _, rank_rows, rank_columns = grid.rank_shape(self._tp_degree)
         return size + min(rows, rank_rows) * rank_columns * unit.spec.dtype(self._dtype).itemsize
 
@@ -72,6 +71,13 @@ class UnitDecoder:
             return [(self._ranks, unit.region(self._ranks[0], self._tp_degree))]
         regions = (([rank], unit.region(rank, self._tp_degree)) for rank in self._ranks)
         return [(ranks, region) for ranks, region in regions if region]
+
+    def _load_all(self, unit: Unit, regions: Sequence[Region]) -> list[EncodedRows]:
+        dtype = unit.spec.dtype(self._dtype)
+        blocks = zip(unit.sources(), unit.spec.grid.blocks, strict=True)
+        return [
+            self._load(source.name, block.transposed, regions, dtype, i) for i, (source, block) in enumerate(blocks)
+        ]
 
     def _load(
         self, name: str, transposed: bool, regions: Sequence[Region], dtype: torch.dtype, slot: int
@@ -95,3 +101,9 @@ class UnitDecoder:
             buffer = memory[-memory.ctypes.data % _ALIGNMENT :][:size]
             setattr(self._buffers, str(slot), buffer)
         return buffer[:size]
+
+
+def _paste(region: Region, sources: Sequence[EncodedRows], out: np.ndarray) -> None:
+    for piece in region.pieces:
+        (top, bottom), (left, right) = piece.target
+        sources[piece.block].paste(*piece.source, out[top:bottom, left:right])

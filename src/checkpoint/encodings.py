@@ -14,7 +14,6 @@ from ..dtypes import dtype_name, to_safetensors
 from ..errors import CheckpointError
 from ..model_config import ModelConfig
 from .fp8 import CODE_VALUES, FP8_MAX, SCALE_SUFFIX, scale_to_float32
-from .header import TensorEntry
 from .numba_kernels import copy_strips, decode_blocks, largest_magnitude
 from .source import TensorSource
 from .units import Range
@@ -25,6 +24,7 @@ _FP8 = "F8_E4M3"
 # The bits of the largest number of each format; infinity and NaN lie above.
 _LARGEST = {_FP8: 0x7E, "BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}
 _DEFAULT_BLOCK = (128, 128)  # the released size
+_CHUNK = 1 << 15  # elements
 
 
 @dataclass(frozen=True)
@@ -90,21 +90,22 @@ class _PlainRows:
     """A BF16, F16 or F32 tensor."""
 
     def __init__(self, read: Window, stored: str, dtype: torch.dtype, transposed: bool, what: str):
-        parts = [(start, _converted(raw, stored, dtype, what)) for start, raw in read.parts]
-        self._read, self._transposed = Window(parts, read.left), transposed
+        bits = [(start, raw.view(np.uint32 if stored == "F32" else np.uint16)) for start, raw in read.parts]
+        for _, values in bits:
+            _check_finite(values, stored, what)
+        self._read, self._transposed = Window(bits, read.left), transposed
+        self._stored, self._dtype, self._what = stored, dtype, what
 
     def paste(self, rows: Range, columns: Range, out: np.ndarray) -> None:
-        bits = self._read.rectangle(rows, columns)
-        if self._transposed:
-            copy_strips(bits, out.T)
-        else:
-            out[...] = bits
-
-
-def working_bytes(entry: TensorEntry) -> int:
-    """Bytes in memory of a row that was read, before it is pasted: FP8 is decoded from where it was read, the others
-    may pass through copies of 4 bytes each."""
-    return entry.row_bytes if entry.dtype == _FP8 else entry.row_bytes + 8 * entry.columns
+        bits, out = self._read.rectangle(rows, columns), out.T if self._transposed else out
+        # Conversion makes copies, which stay in the processor's cache if they are small.
+        step = len(bits) if self._stored == to_safetensors(self._dtype) else max(1, _CHUNK // max(bits.shape[1], 1))
+        for i in range(0, len(bits), step):
+            chunk = _converted(bits[i : i + step], self._stored, self._dtype, self._what)
+            if self._transposed:
+                copy_strips(chunk, out[i : i + step])
+            else:
+                out[i : i + step] = chunk
 
 
 def read_scale(source: TensorSource, name: str) -> np.ndarray:
@@ -137,10 +138,8 @@ def _decoding_tables(scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
         return _rounded(CODE_VALUES * np.ascontiguousarray(scale)[..., None], dtype)
 
 
-def _converted(raw: np.ndarray, stored: str, dtype: torch.dtype, what: str) -> np.ndarray:
-    """The bits in `dtype` of rows [n, bytes] stored as BF16, F16 or F32."""
-    bits = raw.view(np.uint32 if stored == "F32" else np.uint16)
-    _check_finite(bits, stored, what)
+def _converted(bits: np.ndarray, stored: str, dtype: torch.dtype, what: str) -> np.ndarray:
+    """The bits in `dtype` of those of BF16, F16 or F32."""
     if stored == to_safetensors(dtype):
         return bits
     if stored == "BF16":
