@@ -20,6 +20,7 @@ test-newest-transformers: $(NEWEST)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vermin --target=3.10- --no-tips --violations --quiet src test tools bench
 
 clean:
 	rm -rf $(VENV) $(NEWEST)

@@ -8,8 +8,8 @@ import torch
 from nxdi_deepseek.checkpoint.fp8 import SCALE_SUFFIX, scale_shape
 from nxdi_deepseek.checkpoint.layout import model_layout
 from nxdi_deepseek.checkpoint.reader import INDEX_FILE
+from nxdi_deepseek.example_configs import RELEASED_CONFIG as RELEASED
 from nxdi_deepseek.model_config import read_model_config
-from nxdi_deepseek.synthetic import RELEASED_CONFIG as RELEASED
 from safetensors.torch import save_file
 
 # One expert layer with everything around the experts as small as 64 ranks allow.

@@ -2,31 +2,39 @@
 
 Both run the same random float32 weights of a model of a few hundred million parameters with the released head sizes.
 Prints time of the prompt, tokens per second, bytes of the cache and growth of the process's memory at each context,
-with ratios to transformers, which takes the prompt in chunks of 1024 tokens, since the scores of a long one at once
-would not fit in memory. Our cache is allocated before the run, so it is added to our growth.
+with ratios to transformers as installed, with its defaults for attention, experts and cache. It takes the prompt in
+chunks of 1024 tokens, since the scores of a long one at once would not fit in memory.
 
-    python bench/decode_rate.py [--contexts 128,2048,8192] [--new-tokens 8]
+Both sides decode in turns, one step each, so that a busy machine slows both alike; tokens per second are those of the
+median step. Where other processes take the cores, compare with `--threads 1`: several threads wait for the slowest of
+them at every operation. The memory is that of the prompt and one step; our cache is allocated before, so it is added to
+our growth.
+
+    python bench/decode_rate.py [--contexts 128,2048,8192] [--new-tokens 16] [--threads 2]
 """
 
 import argparse
 import gc
+import inspect
 import os
+import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+import transformers
+from nxdi_deepseek.accuracy.reference import hugging_face_model
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from nxdi_deepseek.modeling_deepseek import (
     DeepseekV3InferenceConfig,
     DeepseekV3NeuronConfig,
     NeuronDeepseekV3ForCausalLM,
     load_pretrained_config,
 )
-from nxdi_deepseek.reference import hugging_face_model
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
 
 # The released head sizes and routing (256 experts, 8 of them from 4 of 8 groups); everything else is smaller.
 CONFIG = {field: value for field, value in DEMO_CONFIG.items() if field != "quantization_config"} | {
@@ -50,30 +58,45 @@ CONFIG = {field: value for field, value in DEMO_CONFIG.items() if field != "quan
 }
 
 
+PROMPT_CHUNK = 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="128,2048,8192")
-    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both sides")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as model_dir:
         write_checkpoint(model_dir, CONFIG)
-        theirs = hugging_face_model(model_dir)
-        theirs.set_attn_implementation("sdpa")  # transformers' default; the reference is loaded with eager attention
-        parameters = sum(tensor.numel() for tensor in theirs.parameters())
-        print(f"{parameters / 1e6:.0f} M parameters, float32, {torch.get_num_threads()} threads")
-        print("baseline: transformers DeepseekV3ForCausalLM, DynamicCache, sdpa\n")
-        columns = ("prefill s", "tokens/s", "cache MB", "peak MB")
-        print("context" + "".join(f"{name + ': theirs':>20} {'ours':>7} {'ratio':>6}" for name in columns))
+        model = hugging_face_model(model_dir)
+        model.set_attn_implementation("sdpa")  # transformers' default; the reference is loaded with eager attention
+        print_setting(model)
         for context in map(int, args.contexts.split(",")):
-            ours = load_ours(model_dir, context + args.new_tokens + 1)
             prompt = torch.randint(2, CONFIG["vocab_size"], (1, context), generator=torch.Generator().manual_seed(0))
-            rows = [
-                with_peak_memory(run_theirs, theirs, prompt, args.new_tokens),
-                with_peak_memory(run_ours, ours, prompt, args.new_tokens),
-            ]
-            print(format_row(context, *rows))
-            del ours
+            ours = Ours(load_ours(model_dir, context + args.new_tokens + 1))
+            theirs = Theirs(model)
+            for side in (theirs, ours):
+                side.prefill(prompt)
+            for _ in range(args.new_tokens):
+                for side in (theirs, ours):
+                    side.decode()
+            print(format_row(context, theirs, ours), flush=True)
+            del theirs, ours
             gc.collect()
+
+
+def print_setting(model: torch.nn.Module) -> None:
+    parameters = sum(tensor.numel() for tensor in model.parameters())
+    experts = getattr(model.config, "_experts_implementation", "a loop")  # transformers 4 has no choice
+    print(f"{parameters / 1e6:.0f} M parameters, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"baseline: transformers {transformers.__version__} DeepseekV3ForCausalLM, DynamicCache, "
+        f"attention {model.config._attn_implementation}, experts {experts}\n"
+    )
+    columns = ("prefill s", "tokens/s", "cache MB", "peak MB")
+    print("context" + "".join(f"{name + ': theirs':>20} {'ours':>7} {'ratio':>6}" for name in columns))
 
 
 def load_ours(model_dir: str, seq_len: int) -> NeuronDeepseekV3ForCausalLM:
@@ -84,51 +107,71 @@ def load_ours(model_dir: str, seq_len: int) -> NeuronDeepseekV3ForCausalLM:
     return model
 
 
-PROMPT_CHUNK = 1024
+class Side:
+    """One model during one context: its newest token, and what was measured."""
+
+    def __init__(self) -> None:
+        self.token: torch.Tensor | None = None
+        self.decode_seconds: list[float] = []
+
+    def next_token(self, ids: torch.Tensor) -> torch.Tensor:
+        """The greedy token [1, 1] after ids [1, S], which follow all earlier ones."""
+        raise NotImplementedError
+
+    def cache_bytes(self) -> int:
+        raise NotImplementedError
+
+    def prefill(self, prompt: torch.Tensor) -> None:
+        """The prompt, and a first step that counts for memory only, since it allocates more than later ones."""
+
+        def run() -> None:
+            self.prefill_seconds = self._timed(prompt)
+            self._timed(self.token)
+
+        self.peak_bytes = memory_growth(run)
+
+    def decode(self) -> None:
+        self.decode_seconds.append(self._timed(self.token))
+
+    def _timed(self, ids: torch.Tensor) -> float:
+        start = time.perf_counter()
+        self.token = self.next_token(ids)
+        return time.perf_counter() - start
 
 
-@torch.no_grad()
-def run_theirs(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float, int]:
-    """Seconds of the prompt, seconds per decoded token, bytes of the cache."""
-    state = {}
+class Theirs(Side):
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model, self.cache = model, transformers.DynamicCache(config=model.config)
+        parameters = inspect.signature(model.forward).parameters
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def next_token(self, ids: torch.Tensor) -> torch.Tensor:
         for chunk in ids.split(PROMPT_CHUNK, dim=1):
-            output = model(chunk, past_key_values=state.get("cache"), use_cache=True, logits_to_keep=1)
-            state["cache"] = output.past_key_values
+            output = self.model(chunk, use_cache=True, logits_to_keep=1, **{self.cache_argument: self.cache})
         return output.logits[:, -1].argmax(-1, keepdim=True)
 
-    prefill, decode = measure(step, prompt, new_tokens)
-    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in state["cache"].layers)
-    return prefill, decode, cache
+    def cache_bytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
 
-def run_ours(model: NeuronDeepseekV3ForCausalLM, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float, int]:
-    position = 0
+class Ours(Side):
+    def __init__(self, model: NeuronDeepseekV3ForCausalLM):
+        super().__init__()
+        self.model, self.position = model, 0
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        nonlocal position
-        positions = torch.arange(position, position + ids.shape[1])[None]
-        position += ids.shape[1]
-        return model(input_ids=ids, position_ids=positions).logits[:, -1].argmax(-1, keepdim=True)
+    def next_token(self, ids: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(self.position, self.position + ids.shape[1])[None]
+        self.position += ids.shape[1]
+        return self.model(input_ids=ids, position_ids=positions).logits[:, -1].argmax(-1, keepdim=True)
 
-    prefill, decode = measure(step, prompt, new_tokens)
-    return prefill, decode, sum(tensor.nbytes for tensor in model.model.kv_mgr.past_key_values)
-
-
-def measure(step: Callable[[torch.Tensor], torch.Tensor], prompt: torch.Tensor, tokens: int) -> tuple[float, float]:
-    start = time.perf_counter()
-    token = step(prompt)
-    prefill = time.perf_counter() - start
-    token = step(token)  # warm-up: the first step allocates
-    start = time.perf_counter()
-    for _ in range(tokens):
-        token = step(token)
-    return prefill, (time.perf_counter() - start) / tokens
+    def cache_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.model.model.kv_mgr.past_key_values)
 
 
-def with_peak_memory(run: Callable[..., tuple[float, float, int]], *args: Any) -> tuple[float, float, int, int]:
-    """run(*args), and by how many bytes the process's resident memory grew at most meanwhile."""
+def memory_growth(run: Callable[[], None]) -> int:
+    """By how many bytes the process's resident memory grows at most during run()."""
     gc.collect()
     before, peak, done = resident_bytes(), 0, threading.Event()
 
@@ -140,25 +183,27 @@ def with_peak_memory(run: Callable[..., tuple[float, float, int]], *args: Any) -
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        result = run(*args)
+        run()
     finally:
         done.set()
         watcher.join()
-    return *result, peak
+    return peak
 
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def format_row(context: int, theirs: tuple[float, float, int, int], ours: tuple[float, float, int, int]) -> str:
+def format_row(context: int, theirs: Side, ours: Side) -> str:
     """Ratios: how many times longer, slower or larger theirs is."""
-    ours_peak = ours[3] + ours[2]
+    seconds = [statistics.median(side.decode_seconds) for side in (theirs, ours)]
+    caches = [side.cache_bytes() / 1e6 for side in (theirs, ours)]
+    peaks = [theirs.peak_bytes / 1e6, ours.peak_bytes / 1e6 + caches[1]]
     columns = [
-        (theirs[0], ours[0], theirs[0] / ours[0]),
-        (1 / theirs[1], 1 / ours[1], theirs[1] / ours[1]),
-        (theirs[2] / 1e6, ours[2] / 1e6, theirs[2] / ours[2]),
-        (theirs[3] / 1e6, ours_peak / 1e6, theirs[3] / ours_peak),
+        (theirs.prefill_seconds, ours.prefill_seconds, theirs.prefill_seconds / ours.prefill_seconds),
+        (1 / seconds[0], 1 / seconds[1], seconds[0] / seconds[1]),
+        (*caches, caches[0] / caches[1]),
+        (*peaks, peaks[0] / peaks[1]),
     ]
     return f"{context:>7}" + "".join(f"{a:>20.2f} {b:>7.2f} {ratio:>6.2f}" for a, b, ratio in columns)
 

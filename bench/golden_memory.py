@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from checkpoints import RELEASED
+from nxdi_deepseek.checkpoint.synthetic import fill_rows, write_sparse_checkpoint
 from nxdi_deepseek.cli import main as cli
-from nxdi_deepseek.synthetic import fill_rows, write_sparse_checkpoint
 
 FIELDS = RELEASED | {"first_k_dense_replace": 1, "num_hidden_layers": 2, "num_nextn_predict_layers": 0}
 MODEL_BYTES = 671e9 * 4

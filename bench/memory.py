@@ -14,7 +14,7 @@ from checkpoints import ONE_LAYER, RELEASED
 from nxdi_deepseek.checkpoint import planned_file
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.checkpoint.summary import inspect_checkpoint
-from nxdi_deepseek.synthetic import write_sparse_checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_sparse_checkpoint
 
 CASES = {"layer": (ONE_LAYER, range(4)), "model": (RELEASED, [0])}
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from . import backend
-from .checkpoint.checkpoint import Checkpoint
-from .checkpoint.convert import StateDictSource, TensorSource, neuron_state_dict
+from .checkpoint.convert import state_dict_of
+from .checkpoint.folder import Checkpoint
+from .checkpoint.source import StateDictSource, TensorSource
 from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name
 from .errors import ConfigError
@@ -31,7 +32,8 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
     @classmethod
     def get_state_dict(cls, model_name_or_path: str, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
-        """The model's unsharded state dict, read from a checkpoint folder one tensor at a time."""
+        """The model's unsharded state dict, read from a checkpoint folder piece by piece. Raises ConfigError where
+        memory cannot hold it, CheckpointError for a checkpoint that cannot be loaded."""
         with Checkpoint(model_name_or_path) as checkpoint:
             return _state_dict(checkpoint.reader, config)
 
@@ -42,7 +44,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """The same from a Hugging Face state dict in memory, with or without the `model.` prefix.
 
         FP8 blocks are dequantized to torch_dtype, q_a and kv_a are joined, experts fused to [E, H, 2I] and [E, I, H],
-        the router's bias stays float32, rank tensors are added, MTP layers left out. Raises CheckpointError.
+        the router's bias stays float32, rank tensors are added, MTP layers left out. Raises as get_state_dict.
         """
         return _state_dict(StateDictSource(state_dict), config)
 
@@ -122,13 +124,18 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     def load_hf_model(model_path: str) -> nn.Module:
         """Hugging Face's model in float32, the judge of NxDI's accuracy checks. Raises ConfigError where it is too
         large for this machine."""
-        from .reference import hugging_face_model
+        from .accuracy.reference import hugging_face_model
 
         return hugging_face_model(model_path)
 
     def checkpoint_loader_fn(self, mmap: bool = False) -> dict[str, Tensor]:
         """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
         return self.get_state_dict(self._checkpoint_dir(), self.config)
+
+    def rank_state_dict(self, rank: int) -> dict[str, Tensor]:
+        """What the embedded runtime loads: one rank's part. The others' is neither read nor built."""
+        with Checkpoint(self._checkpoint_dir()) as checkpoint:
+            return _state_dict(checkpoint.reader, self.config, rank)
 
     def shard_weights(
         self, compiled_model_path: str, debug: bool = False, pre_shard_weights_hook: Callable[..., None] | None = None
@@ -144,10 +151,16 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
             return
         if pre_shard_weights_hook:
             pre_shard_weights_hook(self)
-        dtype = dtype_name(neuron_config.torch_dtype)
         ranks = range(neuron_config.start_rank_id, neuron_config.start_rank_id + neuron_config.local_ranks_size)
-        tp_degree = neuron_config.tp_degree
-        shard_checkpoint(self._checkpoint_dir(), compiled_model_path, tp_degree, dtype, ranks=ranks, resume=True)
+        shard_checkpoint(
+            self._checkpoint_dir(),
+            compiled_model_path,
+            neuron_config.tp_degree,
+            dtype_name(neuron_config.torch_dtype),
+            ranks=ranks,
+            resume=True,
+            config=self.config.model,
+        )
 
     def _checkpoint_dir(self) -> str:
         """The checkpoint that the config was read from: a model can be built from its compiled folder alone."""
@@ -177,9 +190,9 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         return " ".join(options)
 
 
-def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
+def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig, rank: int | None = None) -> dict[str, Tensor]:
     neuron_config = config.neuron_config
-    return neuron_state_dict(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree)
+    return state_dict_of(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree, rank)
 
 
 def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:

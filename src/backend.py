@@ -23,7 +23,10 @@ def _choose() -> str:
         raise ConfigError(f"{BACKEND_VARIABLE}={choice!r}; use auto, nxdi or embedded")
     installed = importlib.util.find_spec(_NXDI) is not None
     if choice == "nxdi" and not installed:
-        raise ConfigError(f"{BACKEND_VARIABLE}=nxdi, but {_NXDI} is not installed; install the Neuron SDK or unset it")
+        raise ConfigError(
+            f"{BACKEND_VARIABLE}=nxdi, but {_NXDI} is not installed; install the Neuron SDK, put "
+            "`nxdi-deepseek without-sdk` before the command to use its source on the CPU, or unset it"
+        )
     return "nxdi" if installed and choice != "embedded" else "embedded"
 
 

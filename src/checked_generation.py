@@ -57,7 +57,7 @@ class CheckedGenerationMixin(GenerationMixin):
         check_right_padded(mask, input_ids.shape)
         check_token_ids(input_ids[mask.bool()].tolist(), self.config.vocab_size)
         self.neuron_model.reset()
-        kwargs |= {"attention_mask": mask.long(), "generation_config": generation_config, "use_cache": False}
+        kwargs |= {"attention_mask": mask.to(torch.int64), "generation_config": generation_config, "use_cache": False}
         with told("generate", ValueError, TypeError, NotImplementedError), _no_advice_to_pad_left():
             return super().generate(input_ids, **kwargs)
 
@@ -76,7 +76,7 @@ class CheckedGenerationMixin(GenerationMixin):
         ]
         pad, eos = (self.generation_config.pad_token_id if fields[0] is None else fields[0]), fields[1]
         stops = eos if isinstance(eos, list) else [eos]
-        return torch.ones_like(input_ids) if pad is None or pad in stops else (input_ids != pad).long()
+        return torch.ones_like(input_ids) if pad is None or pad in stops else (input_ids != pad).to(torch.int64)
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
         """The config that is in force once defaults and arguments are merged is the one to check."""

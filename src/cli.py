@@ -18,8 +18,12 @@ COMMANDS = {
     "shard": ("shard", "write one file per rank from a checkpoint folder, as NxDI loads them"),
     "verify": ("verify", "compare rank files with their checkpoint, bit for bit"),
     "unshard": ("unshard", "turn rank files back into a Hugging Face checkpoint"),
-    "graph-cost": ("graph_cost", "what one rank costs as a static graph: FLOPs, bytes, collectives, without a device"),
-    "inference-demo": ("inference_demo", "NxDI's inference_demo, with this model; takes all of its arguments"),
+    "graph-cost": (
+        "count_graphs",
+        "what one rank costs as a static graph: FLOPs, bytes, collectives; no device",
+    ),
+    "inference-demo": ("run_inference_demo", "NxDI's inference_demo, with this model; takes all of its arguments"),
+    "without-sdk": ("run_without_sdk", "run a command with NxDI's CPU mode, where the Neuron SDK is not installed"),
 }
 
 

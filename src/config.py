@@ -1,6 +1,5 @@
 """How the model runs: NxDI's NeuronConfig with what this model needs, and the NxDI config that holds a ModelConfig."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -9,12 +8,10 @@ from typing import Any
 from . import backend
 from .dtypes import BY_TORCH
 from .errors import ConfigError
-from .model_config import ModelConfig, load_model_config, read_config_json, read_model_config
+from .model_config import OTHER_FORM_IN_JSON, ModelConfig, load_model_config, read_config_json, read_model_config
 from .neuron_values import check_values
+from .saved_config import CONFIG_FILE, check_saved_config, restore_enums
 from .third_party import told
-
-# What compile() saves the config as.
-SAVED_CONFIG = "neuron_config.json"
 
 # NeuronConfig fields that this model does not implement: the only value that works, and what to do about it.
 _UNSUPPORTED = {
@@ -44,10 +41,6 @@ _UNSUPPORTED = {
     "fused_qkv": (False, "leave it off; the down-projections are always fused"),
     "quantized": (False, "FP8 checkpoints are dequantized while loading"),
 }
-# Classes that NxDI saves by name in neuron_config.json are restored from these packages only.
-_TRUSTED_PACKAGES = ("neuronx_distributed", "neuronx_distributed_inference", "neuronxcc", "nki", "nkilib")
-# Fields of ModelConfig that config.json has in another form.
-_OTHER_FORM_IN_JSON = ("rope_theta", "rope_scaling", "quantization", "dtype", "eos_token_id")
 # What NxDI asks of a config and a config.json may leave out.
 _ASKED_BY_NXDI = {"hidden_act": "silu", "output_attentions": False, "output_hidden_states": False}
 
@@ -74,29 +67,10 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
 
 def _from_saved(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What NxDI's constructors take, where its neuron_config.json holds something else."""
-    kwargs = {name: _restore_enums(value) for name, value in kwargs.items()}
+    kwargs = {name: restore_enums(value) for name, value in kwargs.items()}
     if "normalize_top_k_affinities" in kwargs:
         kwargs["disable_normalize_top_k_affinities"] = not kwargs.pop("normalize_top_k_affinities")
     return kwargs
-
-
-def _restore_enums(value: Any) -> Any:
-    """NxDI writes an enum's member as the dict of its attributes, and does not read it back."""
-    if not isinstance(value, dict):
-        return value
-    if "_name_" in value:
-        return _saved_class(value)[value["_name_"]]
-    return {name: _restore_enums(item) for name, item in value.items()}
-
-
-def _saved_class(value: dict[str, Any]) -> Any:
-    try:
-        module, name = value["__objclass__"]["__module__"], value["__objclass__"]["__name__"]
-        if module.partition(".")[0] not in _TRUSTED_PACKAGES:
-            raise ConfigError(f"neuron_config.json names the class {module}.{name}, which is none of NxDI's; remove it")
-        return getattr(importlib.import_module(module), name)
-    except (KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(f"neuron_config.json: {value} names no class that is installed ({error!r})") from None
 
 
 class DeepseekV3InferenceConfig(backend.InferenceConfig):
@@ -114,19 +88,25 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
     @classmethod
     def load(cls, model_path: str | Path, **kwargs: Any) -> "DeepseekV3InferenceConfig":
         """The config that compile() saved in a folder. Raises ConfigError for a file that is missing or damaged."""
-        with told(f"{Path(model_path) / SAVED_CONFIG}: cannot be used"):
+        with told(f"{Path(model_path) / CONFIG_FILE}: cannot be used"):
             return super().load(model_path, **kwargs)
 
     @classmethod
     def get_neuron_config_cls(cls) -> type[DeepseekV3NeuronConfig]:
         return DeepseekV3NeuronConfig
 
+    @classmethod
+    def from_json_string(cls, json_string: str, **kwargs: Any) -> "DeepseekV3InferenceConfig":
+        """From the text of a neuron_config.json. Raises ConfigError for one that names classes of other packages."""
+        check_saved_config(json_string)
+        return super().from_json_string(json_string, **kwargs)
+
     def add_derived_config(self) -> None:
         """Gives NxDI, which reads attributes, what it asks for: checked values, and those that a file may leave out."""
         self.num_cores_per_group = 1
         model = self.model
         for field in fields(model):
-            if field.name not in _OTHER_FORM_IN_JSON:
+            if field.name not in OTHER_FORM_IN_JSON:
                 setattr(self, field.name, getattr(model, field.name))
         for name, value in _ASKED_BY_NXDI.items():
             if getattr(self, name, None) is None:

@@ -38,7 +38,7 @@ def expanded_attention(
         end = min(start + rows, length)
         scores = q[:, :, start:end] @ k[:, :, :end].mT
         mask = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
-        blocks.append(_softmax(scores, mask, scale).to(v_BNSV.dtype) @ v_BNSV[:, :, :end])
+        blocks.append(_scaled_scores(scores, mask, scale).softmax(dim=-1).to(v_BNSV.dtype) @ v_BNSV[:, :, :end])
     return torch.cat(blocks, dim=2)
 
 
@@ -61,17 +61,15 @@ def absorbed_attention(
     """
     q_latent_BNSR = q_nope_BNSD @ w_uk_NDR
 
-    def scores(keys: tuple[Tensor, Tensor]) -> Tensor:
+    def scores(keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         k_pe, latent = keys
-        return _shared_matmul(q_latent_BNSR, latent.mT) + _shared_matmul(q_pe_BNSP, k_pe.mT)
+        scores = _shared_matmul(q_latent_BNSR, latent.mT) + _shared_matmul(q_pe_BNSP, k_pe.mT)
+        return _scaled_scores(scores, mask, scale)
 
-    cached_scores, active_scores = scores(cached), scores(active)
-    if active_mask is None:
-        active_mask = torch.ones((), dtype=torch.bool, device=active_scores.device)
-    mask = torch.cat((cached_mask.expand_as(cached_scores), active_mask.expand_as(active_scores)), dim=-1)
-    probs = _softmax(torch.cat((cached_scores, active_scores), dim=-1), mask, scale).to(q_latent_BNSR.dtype)
-    length = cached_scores.shape[-1]
-    out_latent_BNSR = _shared_matmul(probs[..., :length], cached[1]) + _shared_matmul(probs[..., length:], active[1])
+    cached_scores, active_scores = scores(cached, cached_mask), scores(active, active_mask)
+    probs = torch.cat((cached_scores, active_scores), dim=-1).softmax(dim=-1).to(q_latent_BNSR.dtype)
+    cached_probs, active_probs = probs.split((cached_scores.shape[-1], active_scores.shape[-1]), dim=-1)
+    out_latent_BNSR = _shared_matmul(cached_probs, cached[1]) + _shared_matmul(active_probs, active[1])
     return out_latent_BNSR @ w_uv_NVR.mT
 
 
@@ -80,8 +78,8 @@ def _shared_matmul(x_BNSd: Tensor, y_B1de: Tensor) -> Tensor:
     return (x_BNSd.flatten(1, 2) @ y_B1de.squeeze(1)).unflatten(1, x_BNSd.shape[1:3])
 
 
-def _softmax(scores: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Overwrites `scores` where it is float32: these are the largest tensors there are."""
+def _scaled_scores(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Scores in float32, ready for softmax. Overwrites them where they are float32: there are no larger tensors."""
     scores = scores.to(torch.float32).mul_(scale)
     # The lowest finite number, not -inf: a padded query row that sees no key must not turn into NaN.
-    return scores.masked_fill_(~mask, torch.finfo(torch.float32).min).softmax(dim=-1)
+    return scores if mask is None else scores.masked_fill_(~mask, torch.finfo(torch.float32).min)

@@ -16,6 +16,8 @@ from .errors import ConfigError
 from .family import FAMILY, Member, member_of
 
 CONFIG_JSON = "config.json"
+# Fields of ModelConfig whose form differs from config.json's; none of them changes what tensors the model has.
+OTHER_FORM_IN_JSON = ("rope_theta", "rope_scaling", "quantization", "dtype", "eos_token_id")
 _MISSING = object()
 _TINY, _LARGE = 1e-30, 1e30  # no field of the family comes near them, and float32 holds both
 
@@ -65,10 +67,12 @@ class Quantization:
     """`quantization_config` of config.json: how the weights are said to be stored; the tensors may say otherwise.
 
     method: `quant_method`. block_size: `weight_block_size`, rows and columns that share a scale, None where not given.
+    format: `format` or `quant_algo`, what tools that know several formats call this one.
     """
 
     method: str
     block_size: tuple[int, int] | None = None
+    format: str | None = None
 
 
 @dataclass(frozen=True)
@@ -271,9 +275,10 @@ class _Fields:
 
     def raise_problems(self) -> None:
         if self._missing:
-            raise ConfigError(
-                f"{self._where}: missing {', '.join(self._missing)}; is this the config.json of a DeepSeek-V3 model?"
-            )
+            what = "is this the config.json of a DeepSeek-V3 model?"
+            if isinstance(self._fields.get("text_config"), Mapping):
+                what = "its text_config is that of a part of a larger model, which is not supported"
+            raise ConfigError(f"{self._where}: missing {', '.join(self._missing)}; {what}")
 
 
 def _model_type(read: _Fields) -> str:
@@ -329,7 +334,8 @@ def _quantization(read: _Fields) -> Quantization | None:
         if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
             raise ConfigError(f"{CONFIG_JSON}: weight_block_size {size!r} must be two positive integers")
         size = tuple(size)
-    return Quantization(str(found.get("quant_method") or "fp8"), size)
+    kind = found.get("format") or found.get("quant_algo")
+    return Quantization(str(found.get("quant_method") or "fp8"), size, None if kind is None else str(kind))
 
 
 def _stop_tokens(read: _Fields) -> tuple[int, ...]:

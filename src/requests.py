@@ -50,7 +50,7 @@ class RequestChecks:
         if is_prompt(request["position_ids"]):
             self._start_over(request["seq_ids"])
             return request
-        rest = torch.ones(len(self.cached)).index_fill(0, request["seq_ids"].long(), 0).nonzero().flatten()
+        rest = torch.ones(len(self.cached)).index_fill(0, request["seq_ids"].to(torch.int64), 0).nonzero().flatten()
         if not len(rest):
             return request
         positions, mask = request["position_ids"], request["attention_mask"]
@@ -69,7 +69,7 @@ class RequestChecks:
             return
         if at_once < len(self.cached):
             raise ConfigError(f"{rows} prompts do not fill batches of ctx_batch_size {at_once}; set it to 1")
-        rest = torch.ones(len(self.cached), dtype=torch.bool).index_fill(0, seq_ids.long(), False)
+        rest = torch.ones(len(self.cached), dtype=torch.bool).index_fill(0, seq_ids.to(torch.int64), False)
         self.cached[rest] = 0
 
     def _check_slots(self, input_ids: Tensor, seq_ids: Tensor) -> None:
@@ -99,7 +99,7 @@ class RequestChecks:
         if ((positions != expected) & mask.bool()).any():
             raise ConfigError("forward: the positions of a prompt must be 0, 1, 2, ...; send prompts and steps apart")
         check_token_ids(input_ids[mask.bool()].tolist(), self.vocab_size)
-        self.cached[seq_ids] = mask.long().sum(-1).cpu()
+        self.cached[seq_ids] = mask.to(torch.int64).sum(-1).cpu()
         # NxDI's own position for padding; one below 0 would make it take the prompt for a decoding step.
         return {"position_ids": torch.where(mask.bool(), positions, 1), "attention_mask": mask}
 
@@ -111,7 +111,7 @@ class RequestChecks:
         check_token_ids(input_ids.flatten().tolist(), self.vocab_size)
         masked = {}
         if mask is not None:
-            lengths = mask.long().sum(-1, keepdim=True)
+            lengths = mask.to(torch.int64).sum(-1, keepdim=True)
             check_right_padded(mask, mask.shape)
             # NxDI's generation adapter puts the first token behind a one-token prompt, padded, at position 2.
             positions = torch.where((lengths == 1) & (positions == 2), 1, positions)
@@ -130,7 +130,7 @@ class RequestChecks:
         ):
             if not 0 < position <= cached:
                 raise ConfigError(f"forward: position {position} does not follow the {cached} cached in slot {slot}")
-        self.cached[seq_ids] = positions.long() + 1
+        self.cached[seq_ids] = positions.to(torch.int64) + 1
 
 
 def is_prompt(position_ids: Tensor) -> bool:

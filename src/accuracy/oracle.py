@@ -5,24 +5,16 @@ experts. What is not: the residual additions and the weighted sum over experts, 
 and need only a part of the weights at a time here. Equality with the whole model is tested.
 """
 
-from pathlib import Path
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3Attention,
-    DeepseekV3MLP,
-    DeepseekV3RMSNorm,
-    DeepseekV3RotaryEmbedding,
-    DeepseekV3TopkRouter,
-)
 
-from ..checkpoint.checkpoint import Checkpoint
-from ..reference import hugging_face_config
-from .trace import attention_taps, interleave, put
-from .weights import Weights
+from ..checkpoint.folder import Checkpoint
+from .reference import Weights, hugging_face_config, judge_class
+from .tracing import attention_taps, interleave, put
 
 # Rows of the head in memory at a time: 8192 x 7168 in float32 are 235 MB.
 _HEAD_ROWS = 8192
@@ -36,7 +28,10 @@ class KeyValues:
         self.tensors = tensors
 
     def crop(self, length: int) -> None:
+        """Keeps the first `length` positions. Raises ValueError where there are fewer."""
         if self.tensors is not None:
+            if self.tensors[0].shape[2] < length:
+                raise ValueError(f"{self.tensors[0].shape[2]} positions of {length}")
             self.tensors = tuple(tensor[:, :, :length] for tensor in self.tensors)
 
     def update(self, first: Tensor, second: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -56,16 +51,28 @@ class KeyValues:
 class LayerOracle:
     """Runs a checkpoint layer by layer on hidden states [S, H] of several sequences in `dtype`.
 
-    Raises ConfigError and CheckpointError for a folder that is not a sound checkpoint.
+    Reads weights from an open checkpoint. Raises CheckpointError for one that is not sound.
     """
 
-    def __init__(self, model_dir: str | Path, dtype: torch.dtype = torch.float32):
-        checkpoint = Checkpoint(model_dir)
-        self.config = checkpoint.config
-        self.hf_config = hugging_face_config(model_dir)
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
+        self.checkpoint, self.config, self.dtype = checkpoint, checkpoint.config, dtype
+        self.hf_config = hugging_face_config(checkpoint)
         self.weights = Weights(checkpoint, dtype)
-        self.dtype = dtype
-        self.rotary = DeepseekV3RotaryEmbedding(self.hf_config)
+        self.rotary = judge_class(self.config, "RotaryEmbedding")(self.hf_config)
+        attention = judge_class(self.config, "Attention")
+        # transformers 5 caches the latent, transformers 4 the keys and values of all heads
+        self._compressed = hasattr(attention, "expand_kv")
+        # as it has come to be called in the course of transformers 5
+        self._cache_argument = "cache" if "cache" in signature(attention.forward).parameters else "past_key_values"
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that a layer's cache holds for each position."""
+        config = self.config
+        if self._compressed:
+            return config.kv_lora_rank + config.qk_rope_head_dim
+        head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        return config.num_attention_heads * head
 
     @torch.no_grad()
     def embed(self, token_ids: list[int]) -> Tensor:
@@ -111,15 +118,13 @@ class LayerOracle:
         return torch.cat([piece.to(torch.float32) for piece in pieces], dim=-1)
 
     def _norm(self, prefix: str) -> nn.Module:
-        build = lambda: DeepseekV3RMSNorm(self.config.hidden_size, self.hf_config.rms_norm_eps)  # noqa: E731
-        return self.weights.load(build, prefix)
+        return self._load("RMSNorm", prefix, self.config.hidden_size, self.config.rms_norm_eps)
 
     def _attend(
         self, prefix: str, hidden_states: dict[int, Tensor], caches: dict[int, KeyValues], trace: dict | None
     ) -> dict[int, Tensor]:
         norm = self._norm(prefix + "input_layernorm.")
-        attention = self.weights.load(lambda: DeepseekV3Attention(self.hf_config, 0), prefix + "self_attn.")
-        compressed = hasattr(attention, "expand_kv")  # transformers 5
+        attention = self._load("Attention", prefix + "self_attn.", self.hf_config, 0)
         output = {}
         for i, h in hidden_states.items():
             length = caches[i].tensors[0].shape[2] if caches[i].tensors else 0
@@ -131,14 +136,15 @@ class LayerOracle:
                     hidden_states=normed[None],
                     position_embeddings=self.rotary(h[None], positions),
                     attention_mask=_causal_mask(length, len(h), self.dtype),
-                    past_key_values=caches[i],
+                    **{self._cache_argument: caches[i]},
                 )
-            put(trace, "self_attn.k_pe", {i: caches[i].rotary_keys(self.config.qk_rope_head_dim, compressed)[length:]})
+            k_pe = caches[i].rotary_keys(self.config.qk_rope_head_dim, self._compressed)
+            put(trace, "self_attn.k_pe", {i: k_pe[length:]})
             output[i] = h + attended[0]
         return output
 
     def _dense(self, prefix: str, normed: dict[int, Tensor], trace: dict | None) -> dict[int, Tensor]:
-        mlp = self.weights.load(lambda: DeepseekV3MLP(self.hf_config), prefix)
+        mlp = self._load("MLP", prefix, self.hf_config)
         return {i: mlp(h) for i, h in normed.items()}
 
     def _moe(self, prefix: str, normed: dict[int, Tensor], trace: dict | None) -> dict[int, Tensor]:
@@ -163,7 +169,7 @@ class LayerOracle:
 
     def _route(self, prefix: str, tokens_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Chosen experts [T, K], their weights [T, K], and the biased scores [T, E] that decided, in float32."""
-        gate = self.weights.load(lambda: DeepseekV3TopkRouter(self.hf_config), prefix)
+        gate = self._load("TopkRouter", prefix, self.hf_config)
         bias = gate.e_score_correction_bias
         scores_TE = F.linear(tokens_TH.float(), gate.weight.float()).sigmoid() + bias
         # transformers 4 rules groups out with 0 and so prefers them to negative scores; DeepSeek's release rules them
@@ -183,7 +189,11 @@ class LayerOracle:
         return output_TH.to(tokens_TH.dtype)
 
     def _mlp(self, prefix: str, width: int) -> nn.Module:
-        return self.weights.load(lambda: DeepseekV3MLP(self.hf_config, intermediate_size=width), prefix)
+        return self._load("MLP", prefix, self.hf_config, intermediate_size=width)
+
+    def _load(self, part: str, prefix: str, *args: Any, **options: Any) -> nn.Module:
+        """Hugging Face's module for `part` of the model, with its weights."""
+        return self.weights.load(lambda: judge_class(self.config, part)(*args, **options), prefix)
 
 
 def _causal_mask(cached: int, new: int, dtype: torch.dtype) -> Tensor:

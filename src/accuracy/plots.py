@@ -7,7 +7,7 @@ from html import escape
 
 import torch
 
-from .compare import Comparison
+from .comparison import Comparison
 from .recording import stages
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 470, 290, 62, 42, 34, 14

@@ -3,17 +3,15 @@
 import csv
 import html
 import io
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import PARTIAL_SUFFIX
-from .compare import Comparison
+from .comparison import Comparison
 from .plots import figures
+from .recording import make_folder, replacing, save_json
 
 _COLUMNS = ("prompt", "tokens", "top-1", "top-5", "mean |d|", "max |d|", "KL mean", "KL max", "NxDI", "free run")
 _LISTED_FLIPS = 20
@@ -40,7 +38,7 @@ def print_table(comparison: Comparison) -> None:
 
 def write_report(comparison: Comparison, folder: str | Path) -> None:
     """Writes report.json (all but the logits), tokens.csv (a row per token), report.html and the run's recording."""
-    folder = Path(folder)
+    folder = make_folder(folder)
     comparison.run.save(folder / "run")
     table = io.StringIO()
     rows = list(_token_rows(comparison))
@@ -48,7 +46,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     _write(folder / "tokens.csv", table.getvalue())
-    _write(folder / "report.json", json.dumps(_as_json(comparison), indent=1) + "\n")
+    save_json(_as_json(comparison), folder / "report.json")
     _write(folder / "report.html", _as_html(comparison))
 
 
@@ -157,6 +155,5 @@ def _text(value: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

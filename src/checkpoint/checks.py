@@ -1,105 +1,106 @@
-"""What a checkpoint must be before anything is made of it. Problems are collected, so that all are told at once."""
+"""What a checkpoint must be before anything is made of it: one verdict, the same for all that read it."""
 
-import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 
-from ..errors import CheckpointError, report_problems
+from ..errors import report_problems
 from ..model_config import ModelConfig
-from .fp8 import FP8_DTYPE, SCALE_DTYPES, SCALE_SUFFIX, scale_shape, scale_to_float32
-from .layout import TensorSpec, model_layout, mtp_layout
-
-if TYPE_CHECKING:
-    from .convert import TensorSource
-    from .reader import CheckpointReader
+from .encodings import weight_block_size
+from .fp8 import FP8_DTYPE, SCALE_DTYPES, SCALE_SUFFIX, scale_shape
+from .layout import checkpoint_layout, layer_of, stores_mtp
+from .problem_lines import problem_lines
+from .quantization import block_problem, foreign_quantization, leftover_scales
+from .source import TensorSource
 
 WEIGHT_DTYPES = (FP8_DTYPE, torch.bfloat16, torch.float16, torch.float32)
-_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-_DEFAULT_BLOCK = (128, 128)  # the released size
+_NO_PART = "not a tensor of this model; do config.json and the weights belong together?"
 
 
-def check_tensors(source: "TensorSource", config: ModelConfig) -> None:
-    """Raises one CheckpointError that lists every file that is damaged and every tensor that is missing, unexpected,
-    misshapen or of a wrong dtype."""
-    problems = source.problems + tensor_problems(source, config, list(model_layout(config)))
-    report_problems("checkpoint does not fit config.json", problems)
+def check_tensors(source: TensorSource, config: ModelConfig) -> None:
+    """Raises one CheckpointError that holds all of checkpoint_problems."""
+    report_problems("checkpoint does not fit config.json", checkpoint_problems(source, config))
 
 
-def tensor_problems(source: "TensorSource", config: ModelConfig, specs: list[TensorSpec]) -> list[str]:
-    """A line for each tensor that the tensors of `specs` need and `source` lacks or has otherwise, and for each that
-    belongs to no part of the model."""
-    expected = {part.name: part.shape for spec in specs for part in spec.sources}
-    problems = [
-        f"{source.describe(name)}: missing" for name in expected if not (name in source or source.is_unreadable(name))
-    ]
-    block_size = weight_block_size(config)
-    for name in source.names():
-        weight = name.removesuffix(SCALE_SUFFIX)
-        what = None
-        if name in expected:
-            what = _weight_problem(source, name, expected[name])
-        elif is_ignored(name, config):
-            continue
-        elif name != weight and weight not in source:
-            what = None if source.is_unreadable(weight) else f"a scale without its weight {weight}"
-        elif name != weight and weight in expected:
-            what = _scale_problem(source, name, scale_shape(expected[weight], block_size))
-        else:
-            what = "not a tensor of this model"
-        if what:
-            problems.append(f"{source.describe(name)}: {what}")
-    return problems
+def checkpoint_problems(source: TensorSource, config: ModelConfig) -> list[str]:
+    """A line for each file that is damaged and each tensor that is missing, unexpected, misshapen or of a wrong dtype,
+    or that is small and holds NaN or infinity. One line where all tensors have the same fault.
 
-
-def scale_problems(reader: "CheckpointReader", specs: list[TensorSpec]) -> list[str]:
-    """A line for each block scale of `specs` that holds NaN or infinity. Reads all scales, some 0.02 % of the bytes."""
-    problems = []
-    for name in {part.name: None for spec in specs for part in spec.sources}:
-        if name + SCALE_SUFFIX in reader and reader.dtype(name + SCALE_SUFFIX) in SCALE_DTYPES:
-            try:
-                finite = np.isfinite(read_scale(reader, name)).all()
-            except CheckpointError as error:
-                # In a file that is cut short, all of them: the header told of it already.
-                problems += [] if reader.problems else [str(error)]
-                continue
-            if not finite:
-                what = reader.describe(name + SCALE_SUFFIX)
-                problems.append(f"{what}: holds NaN or infinity; download the file again")
-    return problems
-
-
-def read_scale(reader: "CheckpointReader", name: str) -> np.ndarray:
-    """The block scales of a weight, float32 [blocks down, blocks across]."""
-    entry = reader.entries[name + SCALE_SUFFIX]
-    raw = np.empty(entry.nbytes, np.uint8)
-    reader.read_rows(name + SCALE_SUFFIX, 0, entry.shape[0], raw)
-    return scale_to_float32(torch.from_numpy(raw).view(reader.dtype(name + SCALE_SUFFIX))).numpy().reshape(entry.shape)
-
-
-def weight_block_size(config: ModelConfig) -> tuple[int, int]:
-    """`weight_block_size` of config.json's quantization_config; 128x128, the released size, where it says nothing."""
-    return config.quantization and config.quantization.block_size or _DEFAULT_BLOCK
+    The MTP layers count where the checkpoint has them, whether they are to be used or not.
+    """
+    foreign = foreign_quantization(source, config)
+    if foreign:
+        return [foreign, *source.problems]
+    expected = {part.name: part.shape for spec in checkpoint_layout(config, source) for part in spec.sources}
+    blocks, leftover = block_problem(source, config), leftover_scales(source, expected)
+    # One line tells of the shapes of all scales.
+    block_size = None if blocks else weight_block_size(config)
+    found = [*_missing(source, expected), *_tensor_faults(source, config, expected, block_size)]
+    of_all = [line for line in (leftover, blocks) if line]
+    return source.problems + of_all + problem_lines(found) + _nonfinite(source, expected)
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:
-    """True for tensors that are left out on purpose: MTP layers (index >= num_hidden_layers), saved RoPE tables, a head
-    stored beside tied embeddings."""
-    layer = _LAYER.match(name)
-    if layer and int(layer.group(1)) >= config.num_hidden_layers:
+    """True for tensors that are left out on purpose: layers beyond num_hidden_layers, saved RoPE tables, a head stored
+    beside tied embeddings."""
+    layer = layer_of(name)
+    if layer is not None and layer >= config.num_hidden_layers:
         return True
     return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
-def extra_names(source: "TensorSource", config: ModelConfig) -> Iterator[str]:
-    """Names that are ignored although no part of the model, MTP included, has them."""
-    known = {part.name for layout in (model_layout, mtp_layout) for spec in layout(config) for part in spec.sources}
-    return (name for name in source.names() if name.removesuffix(SCALE_SUFFIX) not in known)
+def ignored_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
+    """A line for each kind of tensors that no part of the model has, and that are ignored."""
+    expected = {part.name for spec in checkpoint_layout(config, source) for part in spec.sources}
+    mtp_layers = config.mtp_layers if stores_mtp(config, source) else ()
+    kinds: Counter[str] = Counter()
+    for name in source.names():
+        if name.removesuffix(SCALE_SUFFIX) in expected or not is_ignored(name, config):
+            continue
+        layer = layer_of(name)
+        if layer in mtp_layers:
+            kinds[f"MTP layer {layer}, beyond what an MTP layer has"] += 1
+        elif layer is not None and layer >= config.num_hidden_layers:
+            kinds[f"layer {layer}: num_hidden_layers is {config.num_hidden_layers}"] += 1
+        else:
+            kinds["head beside tied embeddings" if name == "lm_head.weight" else "saved RoPE tables"] += 1
+    return [f"{kind} ({count} tensors)" for kind, count in kinds.items()]
 
 
-def _weight_problem(source: "TensorSource", name: str, shape: tuple[int, ...]) -> str | None:
+def _missing(source: TensorSource, expected: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    names = [name for name in expected if not (name in source or source.is_unreadable(name))]
+    if len(names) < len(expected):
+        return ((source.describe(name), "missing") for name in names)
+    what = f"missing, as are all {len(names)} tensors of the model; are these its weights, under other names?"
+    return iter([(source.describe(names[0]), what)])
+
+
+def _tensor_faults(
+    source: TensorSource,
+    config: ModelConfig,
+    expected: Mapping[str, tuple[int, ...]],
+    block_size: tuple[int, int] | None,
+) -> Iterator[tuple[str, str]]:
+    """(tensor, what is wrong with it). block_size None: the shapes of scales are not looked at."""
+    for name in source.names():
+        weight = name.removesuffix(SCALE_SUFFIX)
+        what = None
+        if name in expected:
+            what = _weight_fault(source, name, expected[name])
+        elif name != weight and weight in expected and weight in source:
+            what = _scale_fault(source, name, block_size and scale_shape(source.shape(weight), block_size))
+        elif is_ignored(name, config):
+            continue
+        elif name != weight and weight not in source:
+            what = None if source.is_unreadable(weight) else "a scale without its weight"
+        else:
+            what = _NO_PART
+        if what:
+            yield source.describe(name), what
+
+
+def _weight_fault(source: TensorSource, name: str, shape: tuple[int, ...]) -> str | None:
     dtype = source.dtype(name)
     if source.shape(name) != shape:
         return f"shape {list(source.shape(name))}, expected {list(shape)}"
@@ -109,13 +110,18 @@ def _weight_problem(source: "TensorSource", name: str, shape: tuple[int, ...]) -
         return "an FP8 tensor that is no matrix has no block scales; use an original checkpoint"
     scale = name + SCALE_SUFFIX
     if dtype == FP8_DTYPE and scale not in source and not source.is_unreadable(scale):
-        return f"FP8 weight without {name}{SCALE_SUFFIX}"
+        return f"FP8 weight without its block scales ({SCALE_SUFFIX})"
     return None
 
 
-def _scale_problem(source: "TensorSource", name: str, shape: tuple[int, int]) -> str | None:
+def _scale_fault(source: TensorSource, name: str, shape: tuple[int, int] | None) -> str | None:
     if source.dtype(name) not in SCALE_DTYPES:
-        return f"dtype {source.dtype(name) or 'unknown'}, expected float32 or E8M0"
-    if source.shape(name) != shape:
+        return f"dtype {source.dtype(name) or 'unknown'}, expected float32, bfloat16 or E8M0"
+    if shape and source.shape(name) != shape:
         return f"shape {list(source.shape(name))}, expected {list(shape)}"
     return None
+
+
+def _nonfinite(source: TensorSource, expected: Mapping[str, object]) -> list[str]:
+    names = [name for name in source.nonfinite() if name.removesuffix(SCALE_SUFFIX) in expected]
+    return problem_lines((source.describe(name), "holds NaN or infinity; download the file again") for name in names)

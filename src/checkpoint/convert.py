@@ -1,115 +1,95 @@
-"""Turns Hugging Face tensors into the model's tensors: dequantized, combined, in the model's dtype, checked."""
+"""Tensors in memory, from a checkpoint or a state dict: decoded, combined and cut by the decoder of the sharder."""
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from math import prod
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..memory import check_memory
 from ..model_config import ModelConfig
-from .checkpoint import Checkpoint
-from .checks import check_tensors, weight_block_size
-from .fp8 import FP8_DTYPE, SCALE_SUFFIX, dequantize_blocks
-from .layout import TensorSpec, model_layout, rank_tensor_names
+from .checks import check_tensors
+from .decoder import UnitDecoder
+from .folder import Checkpoint
+from .layout import Source, TensorSpec, model_layout, rank_tensor_names
+from .parallel import run_threads, thread_count
+from .quantization import with_stored_blocks
+from .source import TensorSource
+from .units import Unit, plan_units
+
+_WHOLE_REMEDY = "compile with save_sharded_checkpoint, or nxdi-deepseek shard, which writes rank files in little memory"
 
 
-class TensorSource(Protocol):
-    """What the converter reads from: a checkpoint folder or a state dict in memory."""
-
-    problems: list[str]
-
-    def names(self) -> Iterator[str]: ...
-    def __contains__(self, name: str) -> bool: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> torch.dtype | None: ...
-    def describe(self, name: str) -> str: ...
-    def is_unreadable(self, name: str) -> bool: ...
-    def get(self, name: str) -> Tensor: ...
-
-
-class StateDictSource:
-    """A state dict with Hugging Face's names, with or without the leading `model.`, which NxDI strips."""
-
-    def __init__(self, state_dict: Mapping[str, Tensor]):
-        self.problems: list[str] = []
-        self._tensors = {_full_name(name): tensor for name, tensor in state_dict.items()}
-
-    def names(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
-
-    def describe(self, name: str) -> str:
-        return name
-
-    def is_unreadable(self, name: str) -> bool:
-        return False
-
-    def get(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-
-def neuron_state_dict(
-    source: TensorSource, config: ModelConfig, dtype: torch.dtype, tp_degree: int
+def state_dict_of(
+    source: TensorSource, config: ModelConfig, dtype: torch.dtype, tp_degree: int, rank: int | None = None
 ) -> dict[str, Tensor]:
-    """All tensors of the model, unsharded, in `dtype` (the router's correction bias in float32), and rank tensors.
+    """The model's tensors in `dtype` (the router's correction bias in float32), and rank tensors: what `rank`'s file
+    holds; without `rank` the whole tensors, which NxDI cuts, with int32 arange(tp_degree) as rank tensors.
 
-    Raises CheckpointError listing missing, extra and misshapen tensors, or naming a tensor that holds NaN.
+    Raises CheckpointError listing missing, extra and misshapen tensors, or naming one that holds NaN or infinity;
+    ConfigError when memory cannot hold the result.
     """
+    config = with_stored_blocks(config, source)
     check_tensors(source, config)
-    state_dict = {spec.name: build_tensor(source, spec, config, dtype) for spec in model_layout(config)}
-    state_dict.update((name, torch.arange(tp_degree, dtype=torch.int32)) for name in rank_tensor_names(config))
+    specs, parts = list(model_layout(config)), 1 if rank is None else tp_degree
+    needed = sum(prod(spec.rank_shape(parts)) * spec.dtype(dtype).itemsize for spec in specs)
+    if rank is None:
+        check_memory(needed, "a state dict of the whole model", _WHOLE_REMEDY)
+    else:
+        check_memory(needed, f"a rank of tp_degree {tp_degree}", "use a larger tp_degree or a smaller torch_dtype")
+    state_dict = _decoded(source, config, specs, dtype, parts, rank or 0)
+    numbers = range(tp_degree) if rank is None else [rank]
+    state_dict.update((name, torch.tensor(numbers, dtype=torch.int32)) for name in rank_tensor_names(config))
     return state_dict
-
-
-def build_tensor(source: TensorSource, spec: TensorSpec, config: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """One tensor of the model, unsharded."""
-    dtype, block_size = spec.dtype(dtype), weight_block_size(config)
-    if spec.is_plain:
-        return read_weight(source, spec.sources[0].name, dtype, block_size)
-    grid = spec.grid
-    tensor = torch.empty(spec.shape, dtype=dtype)
-    view = tensor.view(grid.experts, grid.rows, grid.columns)
-    for i, part in enumerate(spec.sources):
-        expert, index = divmod(i, len(grid.blocks))
-        block = grid.blocks[index]
-        weight = read_weight(source, part.name, dtype, block_size).view(block.rows, block.columns)
-        weight = weight.T if block.transposed else weight
-        rows, columns = weight.shape
-        view[expert, block.row : block.row + rows, block.column : block.column + columns] = weight
-    return tensor
-
-
-def read_weight(source: TensorSource, name: str, dtype: torch.dtype, block_size: tuple[int, int]) -> Tensor:
-    """A Hugging Face tensor in `dtype`; float8 weights are multiplied with their block scales."""
-    weight = source.get(name)
-    if weight.dtype == FP8_DTYPE:
-        scale = source.get(name + SCALE_SUFFIX)
-        return dequantize_blocks(weight, scale, block_size, dtype, source.describe(name))
-    if weight.isnan().any():
-        raise CheckpointError(f"{source.describe(name)}: holds NaN; the shard is damaged, download it again")
-    return weight.to(dtype)
 
 
 def dequantized_state_dict(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The checkpoint under Hugging Face's own names without its FP8 encoding: what transformers' class loads."""
-    reader, config = checkpoint.reader, checkpoint.config
-    check_tensors(reader, config)
-    block_size = weight_block_size(config)
-    return {
-        part.name: read_weight(reader, part.name, dtype, block_size)
-        for spec in model_layout(config)
-        for part in spec.sources
+    check_tensors(checkpoint.reader, checkpoint.config)
+    specs = {
+        source.name: TensorSpec(source.name, (source,), float32=spec.float32)
+        for spec in model_layout(checkpoint.config)
+        for source in spec.sources
     }
+    return _decoded(checkpoint.reader, checkpoint.config, list(specs.values()), dtype)
 
 
-def _full_name(name: str) -> str:
-    return name if name.startswith(("model.", "lm_head.")) else "model." + name
+def read_weight(
+    source: TensorSource, name: str, config: ModelConfig, dtype: torch.dtype, rows: tuple[int, int] | None = None
+) -> Tensor:
+    """A Hugging Face tensor, or its rows start..stop, in `dtype`; float8 weights are multiplied with their scales.
+
+    Raises CheckpointError naming the tensor when it holds NaN or infinity, or cannot be read.
+    """
+    shape = source.shape(name)
+    start, stop = rows or (0, shape[0])
+    unit = Unit(TensorSpec(name, (Source(name, shape),)), 0, start, stop)
+    tensor = torch.empty((stop - start, *shape[1:]), dtype=dtype)
+    _fill(tensor.view(1, stop - start, -1), UnitDecoder(source, config, dtype), unit, start)
+    return tensor
+
+
+def _decoded(
+    source: TensorSource,
+    config: ModelConfig,
+    specs: list[TensorSpec],
+    dtype: torch.dtype,
+    tp_degree: int = 1,
+    rank: int = 0,
+) -> dict[str, Tensor]:
+    tensors = {spec.name: torch.empty(spec.rank_shape(tp_degree), dtype=spec.dtype(dtype)) for spec in specs}
+    decoder, units = UnitDecoder(source, config, dtype, tp_degree, [rank]), list(plan_units(specs))
+
+    def decode(unit: Unit) -> None:
+        grid_shape = unit.spec.grid.rank_shape(tp_degree)
+        _fill(tensors[unit.spec.name].view(grid_shape), decoder, unit)
+
+    for _ in run_threads(units, decode, min(thread_count(None), decoder.affordable_jobs(units))):
+        pass
+    return tensors
+
+
+def _fill(grid: Tensor, decoder: UnitDecoder, unit: Unit, first_row: int = 0) -> None:
+    """Decodes a unit to its place in a tensor [experts, rows, columns] that begins at `first_row`."""
+    for _, region, bits in decoder.regions(unit):
+        place = grid[unit.expert, region.start - first_row : region.stop - first_row]
+        place.view(torch.from_numpy(bits).dtype).numpy()[...] = bits

@@ -4,18 +4,17 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .checkpoint import Checkpoint
-from .checks import weight_block_size
 from .decoder import UnitDecoder
-from .parallel import cpu_count, run_threads
+from .folder import Checkpoint
+from .parallel import run_threads, thread_count
 from .plan import ShardPlan, make_plans
 from .reader import CheckpointReader
-from .sharder import check_plans
 
 _PROBE_SECONDS = 3.0
 
@@ -38,16 +37,16 @@ def estimate_sharding(
     out_dir: str | Path,
     tp_degree: int,
     dtype: str,
-    ranks: list[int],
+    ranks: Sequence[int],
     jobs: int | None = None,
     with_mtp: bool = False,
 ) -> ShardEstimate:
     """Checks the checkpoint as shard_checkpoint does, then writes for some seconds to a file that vanishes."""
+    jobs = thread_count(jobs)
     folder = next(path for path in (Path(out_dir).absolute(), *Path(out_dir).absolute().parents) if path.exists())
     with Checkpoint(model_dir) as checkpoint:
-        reader, plans = checkpoint.reader, make_plans(checkpoint.config, out_dir, tp_degree, dtype, with_mtp)
-        check_plans(checkpoint, plans)
-        probed, seconds = _probe(plans[0], reader, ranks, jobs or cpu_count(), folder)
+        reader, plans = checkpoint.reader, make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp)
+        probed, seconds = _probe(plans[0], reader, ranks, jobs, folder)
         source_bytes = sum(entry.nbytes for entry in reader.entries.values())
     return ShardEstimate(
         files=len(plans) * len(ranks),
@@ -60,9 +59,11 @@ def estimate_sharding(
     )
 
 
-def _probe(plan: ShardPlan, reader: CheckpointReader, ranks: list[int], jobs: int, folder: Path) -> tuple[int, float]:
+def _probe(
+    plan: ShardPlan, reader: CheckpointReader, ranks: Sequence[int], jobs: int, folder: Path
+) -> tuple[int, float]:
     """(bytes, seconds) of making and writing units from all over the model, until the time is up."""
-    decoder = UnitDecoder(reader, plan.dtype, weight_block_size(plan.config), plan.tp_degree, ranks)
+    decoder = UnitDecoder(reader, plan.config, plan.dtype, plan.tp_degree, ranks)
     start = time.monotonic()
     # Far apart, so that the mix of experts and the rest is about right however few there is time for.
     step = max(1, round(len(plan.units) * 0.382))
@@ -79,7 +80,7 @@ def _probe(plan: ShardPlan, reader: CheckpointReader, ranks: list[int], jobs: in
                         os.write(file.fileno(), memoryview(bits).cast("B"))
                 return plan.unit_output_bytes(i, ranks)
 
-            probed = sum(run_threads(in_time, write, min(jobs, plan.affordable_jobs(reader))))
+            probed = sum(run_threads(in_time, write, min(jobs, decoder.affordable_jobs(plan.units))))
             os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None

@@ -65,11 +65,20 @@ def locked_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, folder)
         if not os.access(folder, os.W_OK):
             raise CheckpointError(f"{folder}: not writable; change its permissions or choose another folder")
         yield
-    except BlockingIOError:
-        raise CheckpointError(f"{folder}: another run is writing here; wait for it or choose another folder") from None
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"{folder}: another run is writing here; wait for it or choose another folder") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be locked ({error.strerror}); choose a folder on another disk"
+        ) from None

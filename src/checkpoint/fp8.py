@@ -1,75 +1,18 @@
 """Block-scaled FP8 weights as in the released checkpoints (DeepSeek-V3, arXiv:2412.19437, section 3.3).
 
 A weight is float8_e4m3fn [rows, cols]; `weight_scale_inv` holds one factor per block [ceil(rows/bh), ceil(cols/bw)],
-float32 or E8M0 (a bare exponent byte, value 2^(byte - 127)). Value = float32(weight) * factor; the last block of a row
-or column may be partial.
+float32, bfloat16 or E8M0 (a bare exponent byte, value 2^(byte - 127)). Value = float32(weight) * factor, rounded once;
+the last block of a row or column may be partial. Decoding is in encodings.py.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from .kernels import decode_blocks, has_fp8_nan
-
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8_DTYPE).max
-SCALE_DTYPES = (torch.float32, torch.float8_e8m0fnu, torch.uint8)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8)
 SCALE_SUFFIX = "_scale_inv"
-_VALUES = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE).to(torch.float32).numpy()
-
-
-def dequantize_blocks(
-    weight: Tensor,
-    scale_inv: Tensor,
-    block_size: tuple[int, int] = (128, 128),
-    dtype: torch.dtype = torch.float32,
-    name: str = "weight",
-) -> Tensor:
-    """float32(weight) * scale, rounded once to `dtype`. `name` is what an error calls the tensor.
-
-    Raises CheckpointError when the scale does not fit the weight, or when weight or scale hold a NaN.
-    """
-    if dtype not in (torch.float32, torch.bfloat16):
-        return dequantize_blocks(weight, scale_inv, block_size, torch.float32, name).to(dtype)
-    scale = scale_to_float32(scale_inv)
-    expected = scale_shape(tuple(weight.shape), block_size)
-    if tuple(scale.shape) != expected:
-        raise CheckpointError(
-            f"{name}{SCALE_SUFFIX}: shape {list(scale.shape)}, but a weight {list(weight.shape)} in blocks of "
-            f"{list(block_size)} needs {list(expected)}; check weight_block_size in config.json"
-        )
-    if not scale.isfinite().all():
-        raise CheckpointError(f"{name}{SCALE_SUFFIX}: holds NaN or infinity; the shard is damaged, download it again")
-    codes = weight.contiguous().view(torch.uint8).numpy()
-    check_codes(codes, name)
-    tables = decoding_tables(scale.numpy().T, dtype)
-    out = np.empty(codes.shape, tables.dtype)
-    decode_blocks(codes.T, tables, 0, 0, *reversed(block_size), out.T)
-    return torch.from_numpy(out.view(f"i{out.itemsize}")).view(dtype)
-
-
-def decoding_tables(scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """What each of the 256 codes stands for in each block: bits of `dtype` (float32 or bfloat16), [*scale.shape, 256].
-
-    A block has thousands of weights, so the product and its one rounding are computed once per code, not per weight.
-    """
-    with np.errstate(over="ignore"):
-        return float_bits(_VALUES * np.ascontiguousarray(scale)[..., None], dtype)
-
-
-def float_bits(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """The bits of float32 values without NaN, rounded to `dtype`, ties to even: uint32, for bfloat16 uint16."""
-    bits = values.view(np.uint32)
-    if dtype == torch.float32:
-        return bits
-    return ((bits + ((bits >> 16) & 1) + np.uint32(0x7FFF)) >> 16).astype(np.uint16)
-
-
-def check_codes(codes: np.ndarray, name: str) -> None:
-    """Raises CheckpointError when uint8 FP8 codes hold NaN (e4m3fn has one per sign and no infinity)."""
-    if has_fp8_nan(codes.reshape(-1)):
-        raise CheckpointError(f"{name}: holds NaN; the shard is damaged, download it again")
+CODE_VALUES = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE).to(torch.float32).numpy()
 
 
 def quantize_blocks(weight: Tensor, block_size: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:

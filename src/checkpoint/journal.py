@@ -33,20 +33,30 @@ class Journal:
         sync_folder(self.path.parent)
 
     def load(self) -> None:
-        """Takes up an earlier run, with its ranks. Raises CheckpointError when it had another source, dtype or so."""
-        content = self.path.read_bytes()
-        lines = content.split(b"\n")[:-1]  # what follows the last line end was cut off by a crash
-        found = json.loads(lines[0]) if lines else {}
-        differing = [key for key, value in self.identity.items() if found.get(key) != value]
-        if differing:
-            raise CheckpointError(f"{self.path}: the unfinished run had another {', '.join(differing)}; {_REMEDY}")
-        self.ranks = found["ranks"]
-        self.digests = np.zeros((len(self.done), len(self.ranks)), np.uint64)
-        for line in lines[1:]:
-            unit, digests = json.loads(line)
-            self.digests[unit] = np.frombuffer(bytes.fromhex(digests), ">u8")
-            self.done[unit] = True
-        os.truncate(self.path, sum(len(line) + 1 for line in lines))
+        """Takes up an earlier run, with its ranks. Raises CheckpointError when it had another source, dtype or so, and
+        when the file is damaged."""
+        try:
+            lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was cut off by a crash
+            found = json.loads(lines[0])
+            differing = [key for key, value in self.identity.items() if found.get(key) != value]
+            if differing:
+                raise CheckpointError(f"{self.path}: the unfinished run had another {', '.join(differing)}; {_REMEDY}")
+            self._take_up(found["ranks"], map(json.loads, lines[1:]))
+            os.truncate(self.path, sum(len(line) + 1 for line in lines))
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: damaged ({error!r}); {_REMEDY}") from None
+
+    def _take_up(self, ranks: list[int], entries: Iterable[Any]) -> None:
+        if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
+            raise ValueError("ranks must be a list of numbers")
+        self.ranks, self.digests = ranks, np.zeros((len(self.done), len(ranks)), np.uint64)
+        for unit, text in entries:
+            digests = np.frombuffer(bytes.fromhex(text), ">u8")
+            if type(unit) is not int or not 0 <= unit < len(self.done) or len(digests) != len(ranks):
+                raise ValueError(f"no unit of this sharding: {unit!r}")
+            self.digests[unit], self.done[unit] = digests, True
 
     def append(self, units: Iterable[int]) -> None:
         """Notes units as done, durably. Their data must be on the disk, their digests in `digests`."""

@@ -8,7 +8,8 @@ Sizes in shapes: H hidden, I intermediate, E routed experts, R kv_lora_rank, P q
 V v_head_dim, N heads, Q q_lora_rank.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -17,6 +18,24 @@ from math import prod
 import torch
 
 from ..model_config import ModelConfig
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
+# Some write the language model as a part of a larger one, some leave `model.` out, as NxDI does.
+_PREFIXES = ("language_model.", "model.language_model.")
+
+
+def canonical_name(name: str) -> str:
+    """The Hugging Face name of a tensor, as the layout has it, for the name under which a checkpoint stores it."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name if name.startswith(("model.", "lm_head.")) else "model." + name
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a Hugging Face tensor belongs to, None for those outside of all layers."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
 
 
 class Combine(Enum):
@@ -134,13 +153,12 @@ class TensorSpec:
 def model_layout(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every weight of the model, in the order of the forward pass. MTP layers are not part of it."""
     H, vocab = config.hidden_size, config.vocab_size
-    embedding = Source("model.embed_tokens.weight", (vocab, H))
+    embedding = Source(_EMBEDDING, (vocab, H))
     yield TensorSpec("embed_tokens.weight", (embedding,), partition_dim=1)
     for layer in range(config.num_hidden_layers):
         yield from layer_layout(config, layer)
     yield _spec("norm.weight", "model.norm.weight", (H,))
-    head = embedding if config.tie_word_embeddings else Source("lm_head.weight", (vocab, H))
-    yield TensorSpec("lm_head.weight", (head,), partition_dim=0)
+    yield TensorSpec("lm_head.weight", (_head(config),), partition_dim=0)
 
 
 def layer_layout(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
@@ -153,10 +171,15 @@ def layer_layout(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     yield from mlp(config, neuron + "mlp.", hf + "mlp.")
 
 
-def mtp_layout(config: ModelConfig) -> Iterator[TensorSpec]:
-    """The multi-token prediction layers, which follow the model's in the checkpoint. Each has a copy of embedding and
-    head, and joins token and hidden state (arXiv:2412.19437, section 2.2) by eh_proj, split like the projections."""
+def mtp_layout(config: ModelConfig, stored: Container[str] | None = None) -> Iterator[TensorSpec]:
+    """The multi-token prediction layers, which follow the model's in the checkpoint.
+
+    Each joins token and hidden state (arXiv:2412.19437, section 2.2) by eh_proj, split like the projections. Embedding
+    and head are the model's: a checkpoint may hold copies of them in each layer. stored: the names of its tensors;
+    where a copy is not among them, the model's own is the source.
+    """
     H, vocab = config.hidden_size, config.vocab_size
+    shared = {"embed_tokens": _EMBEDDING, "shared_head.head": _head(config).name}
     for layer in config.mtp_layers:
         yield from layer_layout(config, layer)
         neuron, hf = f"layers.{layer}.", f"model.layers.{layer}."
@@ -168,7 +191,23 @@ def mtp_layout(config: ModelConfig) -> Iterator[TensorSpec]:
             ("shared_head.norm", (H,), None),
             ("eh_proj", (H, 2 * H), 0),
         ):
-            yield _spec(f"{neuron}{name}.weight", f"{hf}{name}.weight", shape, partition_dim)
+            source = f"{hf}{name}.weight"
+            if stored is not None and source not in stored and name in shared:
+                source = shared[name]
+            yield _spec(f"{neuron}{name}.weight", source, shape, partition_dim)
+
+
+def stores_mtp(config: ModelConfig, stored: Container[str]) -> bool:
+    """Whether a checkpoint with tensors of these names has the MTP layers that config.json tells of. They may be left
+    out, and a layer of the model may lie in their place, where config.json asks for fewer layers than are stored."""
+    own = ("enorm", "hnorm", "eh_proj")
+    return any(f"model.layers.{layer}.{name}.weight" in stored for layer in config.mtp_layers for name in own)
+
+
+def checkpoint_layout(config: ModelConfig, stored: Container[str]) -> list[TensorSpec]:
+    """All that a checkpoint with tensors of these names must hold: the model, and the MTP layers if it has them."""
+    mtp = mtp_layout(config, stored) if stores_mtp(config, stored) else ()
+    return [*model_layout(config), *mtp]
 
 
 def rank_tensor_names(config: ModelConfig, layers: range | None = None) -> Iterator[str]:
@@ -178,6 +217,10 @@ def rank_tensor_names(config: ModelConfig, layers: range | None = None) -> Itera
     for layer in range(config.num_hidden_layers) if layers is None else layers:
         if config.has_experts(layer):
             yield f"layers.{layer}.mlp.expert_mlps.spmd_rank.rank"
+
+
+def _head(config: ModelConfig) -> Source:
+    return Source(_EMBEDDING if config.tie_word_embeddings else _HEAD, (config.vocab_size, config.hidden_size))
 
 
 def _attention(config: ModelConfig, neuron: str, hf: str) -> Iterator[TensorSpec]:

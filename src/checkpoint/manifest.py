@@ -4,6 +4,7 @@ The checksum of a tensor is the XXH3-64 of the XXH3-64 digests (8 bytes each, bi
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ..dtypes import MODEL_DTYPES
 from ..errors import CheckpointError
 from .files import write_json
-from .plan import ShardPlan, file_name
+from .plan import MODEL, MTP, ShardPlan, file_name
 
 MANIFEST_FILE = "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
+_MAX_RANKS = 1 << 16
+_FILE_NAME = re.compile(file_name(0).replace("0", "([0-9]{1,5})", 1).replace(".", r"\."))
 
 
 def digest(data: bytes | np.ndarray) -> int:
@@ -30,17 +34,18 @@ def tensor_checksum(digests: np.ndarray) -> str:
 
 @dataclass
 class Manifest:
-    """checksums: rank -> tensor name -> checksum. source: size and time of change of each shard of the checkpoint."""
+    """source: the checkpoint's shards, see CheckpointReader.identity. config: the config.json that the files were made
+    with. checksums: rank -> tensor name -> checksum."""
 
     part: str
     tp_degree: int
     dtype: str
-    source: dict[str, list[int]]
+    source: dict[str, list[int | str]]
     config: dict[str, Any]
     checksums: dict[int, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def of_plan(cls, plan: ShardPlan, source: dict[str, list[int]], config: dict[str, Any]) -> "Manifest":
+    def of_plan(cls, plan: ShardPlan, source: dict[str, list[int | str]], config: dict[str, Any]) -> "Manifest":
         return cls(plan.part, plan.tp_degree, str(plan.dtype).removeprefix("torch."), source, config)
 
     @property
@@ -65,16 +70,34 @@ class Manifest:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             if fields.pop("format") != _FORMAT:
-                raise CheckpointError(f"{path}: written by another version of nxdi-deepseek; use that one")
-            ranks = {file_name(rank): rank for rank in range(fields["tp_degree"])}
-            checksums = {ranks[file]: tensors for file, tensors in fields.pop("xxh3_64").items()}
-            return cls(**fields, checksums=checksums)
+                raise CheckpointError(
+                    f"{path}: written by another version of nxdi-deepseek; use that one, or shard into another folder"
+                )
+            checksums = {int(_FILE_NAME.fullmatch(file)[1]): found for file, found in fields.pop("xxh3_64").items()}
+            manifest = cls(**fields, checksums=checksums)
+            manifest._check_types()
+            return manifest
         except FileNotFoundError:
             return None
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error!r}); shard the checkpoint again") from None
+
+    def _check_types(self) -> None:
+        """Raises ValueError for a field that is not what `save` writes."""
+        checks = {
+            "part": self.part in (MODEL, MTP),
+            "tp_degree": type(self.tp_degree) is int and 1 <= self.tp_degree <= _MAX_RANKS,
+            "dtype": self.dtype in MODEL_DTYPES,
+            "source": isinstance(self.source, dict),
+            "config": isinstance(self.config, dict),
+            "xxh3_64": all(isinstance(found, dict) for found in self.checksums.values()),
+        }
+        checks["rank"] = checks["tp_degree"] and all(rank < self.tp_degree for rank in self.checksums)
+        wrong = [name for name, right in checks.items() if not right]
+        if wrong:
+            raise ValueError(f"wrong {', '.join(wrong)}")
 
     @classmethod
     def load_existing(cls, folder: Path) -> "Manifest":

@@ -1,54 +1,38 @@
-"""Threads that take items from one line and hand back results; an error in one stops all."""
+"""Threads that take items one after the other and hand back results; an error in one stops all."""
 
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import TypeVar
+
+from ..errors import ConfigError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_AHEAD = 4  # items under way or waiting, per thread: a reader that pauses does not stop the threads at once
 
 
-def cpu_count() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def thread_count(jobs: int | None) -> int:
+    """`jobs`, or the cores that this process may use. Raises ConfigError for less than one."""
+    if jobs is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if jobs < 1:
+        raise ConfigError(f"jobs {jobs} must be at least 1; leave it out for one per core")
+    return jobs
 
 
-def run_threads(items: Iterator[Item], work: Callable[[Item], Result], jobs: int) -> Iterator[Result]:
-    """Results of work(item) as they come. A worker's exception is raised here, after all workers stopped."""
-    lock, stop = threading.Lock(), threading.Event()
-    results: queue.Queue = queue.Queue(maxsize=4 * jobs)
-
-    def worker() -> None:
+def run_threads(items: Iterable[Item], work: Callable[[Item], Result], jobs: int) -> Iterator[Result]:
+    """Results of work(item) as they come. The first error is raised here, once what was under way has ended; no
+    further item is begun after it, nor after the caller closed the iterator."""
+    items = iter(items)
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(work, item) for item in islice(items, _AHEAD * jobs)}
         try:
-            while not stop.is_set():
-                with lock:
-                    item = next(items)
-                results.put((work(item), None))
-        except StopIteration:
-            results.put((None, None))
-        except BaseException as error:
-            results.put((None, error))
-
-    threads = [threading.Thread(target=worker, daemon=True) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    running = jobs
-    try:
-        while running:
-            result, error = results.get()
-            if error is not None:
-                raise error
-            if result is None:
-                running -= 1
-            else:
-                yield result
-    finally:
-        stop.set()
-        while any(thread.is_alive() for thread in threads):
-            # A worker may wait for room to put its last result.
-            try:
-                results.get(timeout=0.05)
-            except queue.Empty:
-                continue
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+                waiting |= {pool.submit(work, item) for item in islice(items, len(done))}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,7 @@
 """What sharding a checkpoint makes: parts of the model, their files, and where each unit's regions go in them."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Container, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,34 +9,49 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..dtypes import model_dtype, to_safetensors
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..model_config import ModelConfig
 from .header import TensorEntry, build_header
-from .layout import model_layout, mtp_layout, rank_tensor_names
+from .layout import model_layout, mtp_layout, rank_tensor_names, stores_mtp
 from .planned_file import PlannedFile
 from .units import Region, Unit, plan_units
 
 if TYPE_CHECKING:
-    from .reader import CheckpointReader
+    from .folder import Checkpoint
 
 MODEL, MTP = "model", "mtp"
 # Below the output folder; `weights` is where NxDI's load() looks.
 _FOLDERS = {MODEL: "weights", MTP: "mtp/weights"}
-# All threads together; fewer run where a unit needs more than its share.
-_WORKING_MEMORY = 1 << 30
+_RANKS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 class ShardPlan:
-    """One part of a model (`model` or `mtp`) cut for `tp_degree` ranks in `dtype`."""
+    """One part of a model (`model` or `mtp`) cut for `tp_degree` ranks in `dtype`.
 
-    def __init__(self, config: ModelConfig, tp_degree: int, dtype: torch.dtype, out_dir: str | Path, part: str = MODEL):
+    stored: the names of the checkpoint's tensors, see layout.mtp_layout; None where there is no checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp_degree: int,
+        dtype: torch.dtype,
+        out_dir: str | Path,
+        part: str = MODEL,
+        stored: Container[str] | None = None,
+    ):
         config.check_tensor_parallel(tp_degree)
         self.config, self.tp_degree, self.dtype, self.part = config, tp_degree, dtype, part
         self.folder = part_folder(out_dir, part)
         layers = config.mtp_layers if part == MTP else None
         if part == MTP and not layers:
             raise ConfigError("config.json: num_nextn_predict_layers is 0: the checkpoint has no MTP layer to write")
-        self.specs = list(mtp_layout(config) if part == MTP else model_layout(config))
+        if part == MTP and stored is not None and not stores_mtp(config, stored):
+            raise CheckpointError(
+                f"config.json: num_nextn_predict_layers is {len(layers)}, but the checkpoint has no tensors of an MTP "
+                f"layer {layers[0]}; leave --with-mtp out"
+            )
+        self.specs = list(mtp_layout(config, stored) if part == MTP else model_layout(config))
         self.rank_tensors = list(rank_tensor_names(config, layers))
 
     @cached_property
@@ -80,30 +96,17 @@ class ShardPlan:
                 indices.setdefault(unit.spec.name, []).append(i)
         return indices
 
-    def affordable_jobs(self, reader: "CheckpointReader") -> int:
-        """How many units can be in work at a time within the memory set aside for that."""
-        largest = {(spec.grid, spec.sources[0].name): unit for unit in self.units for spec in [unit.spec]}
-        return max(1, _WORKING_MEMORY // max(self._memory(unit, reader) for unit in largest.values()))
-
-    def _memory(self, unit: Unit, reader: "CheckpointReader") -> int:
-        """Bytes that a thread needs for a unit: its sources as stored and converted, and one region."""
-        grid, size = unit.spec.grid, 0
-        rows = unit.stop - unit.start
-        for source, block in zip(unit.sources(), grid.blocks, strict=True):
-            read_rows = block.rows if block.transposed else min(rows, block.rows)
-            entry = reader.entries[source.name]
-            # FP8 is decoded from where it was read; other dtypes may pass through copies of 4 bytes each.
-            size += read_rows * (entry.row_bytes if entry.dtype == "F8_E4M3" else entry.row_bytes + 8 * block.columns)
-        _, rank_rows, rank_columns = grid.rank_shape(self.tp_degree)
-        return size + min(rows, rank_rows) * rank_columns * unit.spec.dtype(self.dtype).itemsize
-
 
 def make_plans(
-    config: ModelConfig, out_dir: str | Path, tp_degree: int, dtype: str, with_mtp: bool = False
+    checkpoint: "Checkpoint", out_dir: str | Path, tp_degree: int, dtype: str, with_mtp: bool = False
 ) -> list[ShardPlan]:
-    """The parts to write. Raises ConfigError for a degree or dtype that cannot be."""
+    """The parts to write. Raises ConfigError for a degree or dtype that cannot be, CheckpointError for what is wrong
+    with the checkpoint."""
+    checkpoint.config.check_tensor_parallel(tp_degree)
+    torch_dtype = model_dtype(dtype)
+    checkpoint.check()
     parts = [MODEL, MTP] if with_mtp else [MODEL]
-    return [ShardPlan(config, tp_degree, model_dtype(dtype), out_dir, part) for part in parts]
+    return [ShardPlan(checkpoint.config, tp_degree, torch_dtype, out_dir, part, checkpoint.reader) for part in parts]
 
 
 def part_folder(out_dir: str | Path, part: str) -> Path:
@@ -114,20 +117,22 @@ def file_name(rank: int) -> str:
     return f"tp{rank}_sharded_checkpoint.safetensors"
 
 
-def parse_ranks(text: str | None, tp_degree: int) -> list[int]:
+def parse_ranks(text: str | None, tp_degree: int) -> Sequence[int]:
     """`0-7,32` as a list; all ranks for None. Raises ConfigError when it names a rank that does not exist."""
     if text is None:
-        return list(range(tp_degree))
+        return range(tp_degree)
     ranks: set[int] = set()
     for word in text.split(","):
-        first, dash, last = word.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        match = _RANKS.fullmatch(word.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
             raise ConfigError(f"--ranks {text!r}: give numbers and ranges, for example 0-7,32")
-        ranks.update(range(int(first), int(last or first) + 1))
-    return check_ranks(ranks, tp_degree)
+        check_ranks((first, last), tp_degree)
+        ranks.update(range(first, last + 1))
+    return sorted(ranks)
 
 
-def check_ranks(ranks: Sequence[int] | set[int], tp_degree: int) -> list[int]:
+def check_ranks(ranks: Collection[int], tp_degree: int) -> list[int]:
     if not ranks or min(ranks) < 0 or max(ranks) >= tp_degree:
         raise ConfigError(f"ranks {sorted(ranks)} are not all in 0..{tp_degree - 1}, those of tp_degree {tp_degree}")
     return sorted(set(ranks))

@@ -2,13 +2,15 @@
 
 import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import CheckpointError
+from ..progress_bar import format_bytes
 from .files import PARTIAL_SUFFIX, pwrite_all
 from .header import TensorEntry
 
@@ -25,6 +27,13 @@ class PlannedFile:
         self.head, self.entries = head, entries
         self.size = len(self.head) + sum(entry.nbytes for entry in self.entries.values())
         self._descriptor = -1
+
+    def bytes_left(self) -> int:
+        """What the disk must still give: the size, without what an earlier run has of the disk already."""
+        try:
+            return max(0, self.size - self.partial.stat().st_blocks * 512)
+        except FileNotFoundError:
+            return self.size
 
     def create(self) -> None:
         """Starts the file anew."""
@@ -77,3 +86,18 @@ class PlannedFile:
             else:
                 remedy = f"cannot be written ({error.strerror}); mend that and go on with --resume"
             raise CheckpointError(f"{self.partial}: {remedy}") from None
+
+
+def check_space(files: Iterable[PlannedFile], remedy: str) -> None:
+    """Raises CheckpointError when a disk lacks the room for what is not yet written of `files`, all together."""
+    needed: dict[int, int] = {}
+    folders: dict[int, Path] = {}
+    for file in files:
+        disk = file.path.parent.stat().st_dev
+        folders.setdefault(disk, file.path.parent)
+        needed[disk] = needed.get(disk, 0) + file.bytes_left()
+    for disk, folder in folders.items():
+        free = shutil.disk_usage(folder).free
+        if needed[disk] > free:
+            have = f"{format_bytes(needed[disk])} needed, {format_bytes(free)} free"
+            raise CheckpointError(f"{folder}: disk full: {have}; {remedy}")

@@ -1,41 +1,44 @@
 """Reads a Hugging Face checkpoint folder: safetensors shards, one tensor or some rows of it at a time."""
 
-import json
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from ..dtypes import BY_SAFETENSORS
 from ..errors import CheckpointError
 from .files import pread_into
 from .header import TensorEntry, read_header
+from .layout import canonical_name
+from .problem_lines import problem_lines
+from .shard_index import INDEX_FILE, ShardIndex, read_index
+from .small_tensors import SmallTensors, scan_small_tensors
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+_SCANNERS = 16  # threads; small reads wait for the disk, not for a core
 
 
 class CheckpointReader:
     """The tensors of a checkpoint folder, by name. Construction reads headers only; may be used by several threads.
 
-    entries: where each tensor lies. problems: what is wrong with the index, the shards and their headers, a line each,
-    for checks.check_tensors to report together with what is wrong with the tensors.
+    Names are those of the layout; a folder may store them with another prefix (layout.canonical_name), which only
+    `describe` shows. entries: where each tensor lies. problems: what is wrong with the index, the shards and their
+    headers, a line each, for checks.checkpoint_problems to report together with what is wrong with the tensors.
     """
 
     def __init__(self, model_dir: str | Path):
         self.model_dir = Path(model_dir)
         self.entries: dict[str, TensorEntry] = {}
         self.problems: list[str] = []
-        self.index_metadata: dict[str, object] = {}
         self.files: list[str] = []
-        self._unreadable_names: set[str] = set()
+        self._headers: dict[str, str] = {}  # sound file -> digest of its header
+        self._stored_names: dict[str, str] = {}
+        self._told: set[str] = set()
         self._descriptors: dict[str, int] = {}
-        self._mapped: dict[str, safe_open] = {}
         self._lock = threading.Lock()
         self._read_folder()
         self._stamps = self.stamps()
@@ -53,24 +56,17 @@ class CheckpointReader:
         return BY_SAFETENSORS[self.entries[name].dtype].to_torch()
 
     def is_unreadable(self, name: str) -> bool:
-        """Whether the tensor should be in a shard that is among the problems: no need to tell of it too."""
-        return name in self._unreadable_names
+        """Whether the tensor's absence follows from what is among the problems: no need to tell of it too."""
+        return name in self._told or not self.files
 
     def describe(self, name: str) -> str:
         """What a message calls the tensor: its file and its name."""
-        return f"{self.file_of(name)}: {name}" if name in self.entries else f"{self.model_dir}: {name}"
+        if name not in self.entries:
+            return f"{self.model_dir}: {name}"
+        return f"{self.file_of(name)}: {self._stored_names.get(name, name)}"
 
     def file_of(self, name: str) -> Path:
         return self.model_dir / self.entries[name].file
-
-    def get(self, name: str) -> Tensor:
-        """The tensor as stored, memory-mapped. Raises CheckpointError when there is none of that name."""
-        if name not in self.entries:
-            raise CheckpointError(f"{self.describe(name)}: missing; is the download complete?")
-        file = self.entries[name].file
-        if file not in self._mapped:
-            self._mapped[file] = safe_open(self.model_dir / file, framework="pt")
-        return self._mapped[file].get_tensor(name)
 
     def read_rows(
         self, name: str, start: int, stop: int, buffer: np.ndarray, columns: tuple[int, int] | None = None
@@ -88,6 +84,16 @@ class CheckpointReader:
         for i, piece in enumerate(pieces):
             pread_into(self._descriptor(entry.file), piece, offset + i * entry.row_bytes, self.describe(name))
         return rows
+
+    def nonfinite(self) -> list[str]:
+        """The small tensors that hold NaN or infinity. Reads all of them (see small_tensors.py)."""
+        return [name for small in self._small.values() for name in small.nonfinite]
+
+    def identity(self) -> dict[str, list[int | str]]:
+        """Size in bytes of each shard, digests of its header and of its small tensors: the same for a copy, whatever
+        its time. Large tensors of other values in an equal header are not seen; `verify --full` sees them."""
+        sizes = self.stamps()
+        return {file: [sizes[file][0], self._headers[file], small.digest] for file, small in self._small.items()}
 
     def stamps(self) -> dict[str, list[int]]:
         """Size in bytes and time of change in ns of each shard: tells one state of the folder from another."""
@@ -121,29 +127,30 @@ class CheckpointReader:
                     raise CheckpointError(f"{self.model_dir / file}: cannot be read ({error.strerror})") from None
             return self._descriptors[file]
 
-    def _read_folder(self) -> None:
-        weight_map = self._read_index()
-        self.files = [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
-        unreadable = {file for file in self.files if not self._open(file)}
-        if weight_map is not None:
-            self._unreadable_names = {name for name, file in weight_map.items() if file in unreadable}
-            self._check_index(weight_map)
+    @cached_property
+    def _small(self) -> dict[str, SmallTensors]:
+        """By file; those whose headers have problems are left out, as their tensors may lie anywhere."""
+        entries: dict[str, list[tuple[str, TensorEntry]]] = {file: [] for file in self._headers}
+        for name, entry in self.entries.items():
+            if entry.file in entries:
+                entries[entry.file].append((name, entry))
+        with ThreadPoolExecutor(_SCANNERS) as pool:
+            found = pool.map(lambda file: scan_small_tensors(entries[file], self._read_whole), entries)
+            return dict(zip(entries, found, strict=True))
 
-    def _read_index(self) -> dict[str, str] | None:
-        """The index's weight_map; None where a single file holds the model."""
-        path = self.model_dir / INDEX_FILE
-        if not path.exists():
-            if (self.model_dir / SINGLE_FILE).exists():
-                return None
-            self.problems.append(f"{self.model_dir}: neither {INDEX_FILE} nor {SINGLE_FILE}; give a checkpoint folder")
-            return {}
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            self.index_metadata = dict(index.get("metadata") or {})
-            return {str(name): str(file) for name, file in index["weight_map"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self.problems.append(f"{path}: cannot be read ({error!r}); download it again")
-            return {}
+    def _read_whole(self, name: str) -> np.ndarray:
+        entry = self.entries[name]
+        buffer = np.empty(entry.nbytes, np.uint8)
+        pread_into(self._descriptor(entry.file), buffer, entry.offset, self.describe(name))
+        return buffer
+
+    def _read_folder(self) -> None:
+        index = read_index(self.model_dir)
+        self.files = index.files
+        self.problems += index.problems
+        unreadable = {file for file in self.files if not self._open(file)}
+        if index.weight_map is not None:
+            self._check_index(index, unreadable)
 
     def _open(self, file: str) -> bool:
         """Takes in the header of a shard; False if there is nothing to take."""
@@ -151,34 +158,47 @@ class CheckpointReader:
         if not path.exists():
             self.problems.append(f"{path}: named by {INDEX_FILE} but missing; download it")
             return False
-        entries, problems = read_header(path)
-        self.problems += problems
-        for name, entry in entries.items():
+        header = read_header(path)
+        self.problems += header.problems
+        if not header.problems:
+            self._headers[file] = header.digest
+        found = []
+        for stored, entry in header.entries.items():
+            name = canonical_name(stored)
             if name in self.entries:
-                other = self.entries[name].file
-                self.problems.append(f"{path}: {name}: is also in {other}; remove one of the two")
-            else:
-                self.entries[name] = entry
-        return bool(entries)
+                found.append((f"{path}: {stored}", f"is also in {self.entries[name].file}; remove one of the two"))
+                continue
+            self.entries[name] = entry
+            if stored != name:
+                self._stored_names[name] = stored
+        self.problems += problem_lines(found)
+        return bool(header.entries) or not header.problems
 
-    def _check_index(self, weight_map: dict[str, str]) -> None:
+    def _check_index(self, index: ShardIndex, unreadable: set[str]) -> None:
+        weight_map = {canonical_name(name): file for name, file in index.weight_map.items()}
+        self._told = {name for name, file in weight_map.items() if file in unreadable}
+        found = []
         for name, file in weight_map.items():
             entry = self.entries.get(name)
-            if name not in self._unreadable_names and (entry is None or entry.file != file):
-                self.problems.append(f"{self.model_dir / file}: lacks {name}, which {INDEX_FILE} places there")
-        for name, entry in self.entries.items():
+            if name not in self._told and (entry is None or entry.file != file):
+                found.append((f"{self.model_dir / file}: {name}", f"missing, though {INDEX_FILE} places it there"))
+        absent = {name for name in weight_map if name not in self.entries}
+        for name in self.entries:
             if name not in weight_map:
-                self.problems.append(f"{self.model_dir / entry.file}: {name}: not in {INDEX_FILE}; download both again")
-        total = self.index_metadata.get("total_size")
+                found.append((self.describe(name), f"not in {INDEX_FILE}; download both again"))
+        self.problems += problem_lines(found)
+        self._told |= absent
+        if not self._told:
+            self._check_total(index)
+
+    def _check_total(self, index: ShardIndex) -> None:
+        """Some writers count the tensors, some the files; some write whole numbers as 5813376.0."""
+        total = index.total_size
         tensors = sum(entry.nbytes for entry in self.entries.values())
         files = sum(max(size, 0) for size, _ in self.stamps().values())
-        # Some writers count the tensors, some the files.
-        if (
-            total is not None
-            and not self._unreadable_names
-            and not (isinstance(total, int) and tensors <= total <= files)
-        ):
+        is_number = isinstance(total, int | float) and not isinstance(total, bool)
+        if total is not None and not (is_number and total == total // 1 and tensors <= total <= files):
             self.problems.append(
-                f"{self.model_dir / INDEX_FILE}: total_size {total}, but the shards hold {tensors} bytes of tensors; "
+                f"{self.model_dir / INDEX_FILE}: total_size {total!r}, but the shards hold {tensors} bytes of tensors; "
                 "download the index again"
             )

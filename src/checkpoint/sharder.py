@@ -1,26 +1,23 @@
 """Shards a checkpoint into one file per rank: bounded memory, all cores, resumable, nothing half-written."""
 
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import CheckpointError, report_problems
-from .checkpoint import Checkpoint
-from .checks import scale_problems, tensor_problems, weight_block_size
+from ..errors import CheckpointError
+from ..model_config import ModelConfig
 from .decoder import UnitDecoder
 from .files import locked_folder, sync_folder
+from .folder import Checkpoint
 from .journal import Journal
-from .layout import model_layout
 from .manifest import Manifest, digest, tensor_checksum
-from .parallel import cpu_count, run_threads
+from .parallel import run_threads, thread_count
 from .plan import ShardPlan, check_ranks, make_plans
-from .planned_file import PlannedFile
-from .progress import Progress, ProgressCallback, format_bytes
+from .planned_file import check_space
 
 JOURNAL_FILE = "unfinished.jsonl"
 # What is finished is made durable and noted this often: as much work as a crash can cost.
@@ -47,60 +44,54 @@ def shard_checkpoint(
     jobs: int | None = None,
     resume: bool = False,
     with_mtp: bool = False,
-    progress: ProgressCallback | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    config: ModelConfig | None = None,
 ) -> ShardSummary:
     """Writes OUT_DIR/weights/tp{rank}_sharded_checkpoint.safetensors, the files of NxDI's own sharding.
 
     dtype: "bfloat16" or "float32". ranks: all if not given. jobs: threads, one per core if not given. resume: keep what
-    an interrupted run finished, and files that are complete. with_mtp: write the MTP layers to OUT_DIR/mtp/weights too.
-    progress is called with a Progress after each piece of work, in the calling thread.
+    an interrupted run finished, and files that are complete; the checkpoint may have been copied since then, and is
+    known again by its content (CheckpointReader.identity). with_mtp: write the MTP layers to OUT_DIR/mtp/weights too.
+    progress is called as progress(done_bytes, total_bytes) after each piece of work, in the calling thread; what an
+    earlier run did is among the bytes that are done. config: another one than config.json's, for example of a model
+    with fewer layers.
 
-    Raises ConfigError or CheckpointError, before any file is written for everything that is wrong with the checkpoint
-    except NaN among the weights. What was finished until then is kept for `resume`.
+    Raises ConfigError or CheckpointError. What is wrong with the checkpoint is told before any file is written, except
+    NaN and infinity in large weights; so is a disk that is too small. What was finished is kept for `resume`.
     """
-    start = time.monotonic()
-    with Checkpoint(model_dir) as checkpoint, ExitStack() as locks:
-        plans = make_plans(checkpoint.config, out_dir, tp_degree, dtype, with_mtp)
+    start, jobs = time.monotonic(), thread_count(jobs)
+    with Checkpoint(model_dir, config) as checkpoint, ExitStack() as locks:
+        plans = make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp)
         ranks = check_ranks(range(tp_degree) if ranks is None else ranks, tp_degree)
-        check_plans(checkpoint, plans)
         for plan in plans:
             locks.enter_context(locked_folder(plan.folder))
         runs = [_PartRun(plan, checkpoint, ranks, resume) for plan in plans]
+        remedy = "free some, or write some ranks elsewhere with --ranks"
+        check_space([file for run in runs for file in run.files.values()], remedy)
         total = sum(run.total for run in runs)
         for run in runs:
-            with closing(run.execute(jobs or cpu_count())) as steps:
+            with closing(run.execute(jobs)) as steps:
                 for _ in steps:
                     if progress:
-                        done, resumed = sum(run.done for run in runs), sum(run.resumed for run in runs)
-                        progress(Progress(done, total, time.monotonic() - start, resumed))
+                        progress(sum(run.done for run in runs), total)
     resumed = sum(run.resumed for run in runs)
     folders = tuple(plan.folder for plan in plans)
     files = sum(len(run.pending) for run in runs)
     return ShardSummary(folders, files, total - resumed, resumed, time.monotonic() - start)
 
 
-def check_plans(checkpoint: Checkpoint, plans: Sequence[ShardPlan]) -> None:
-    """Raises one CheckpointError that tells of everything that is wrong with headers and scales."""
-    reader, config = checkpoint.reader, checkpoint.config
-    specs = {spec.name: spec for plan in plans for spec in plan.specs}
-    whole = {spec.name: spec for spec in model_layout(config)} | specs
-    problems = reader.problems + tensor_problems(reader, config, list(whole.values()))
-    problems += scale_problems(reader, list(specs.values()))
-    report_problems(f"{checkpoint.folder}: checkpoint does not fit config.json", problems)
-
-
 class _PartRun:
     """Sharding one part of the model into the ranks' files that are not complete yet (`pending`).
 
-    total, done and resumed (done by an earlier run) count bytes of these files.
+    files: these, by rank. total, done and resumed (done by an earlier run) count bytes of these files.
     """
 
     def __init__(self, plan: ShardPlan, checkpoint: Checkpoint, ranks: list[int], resume: bool):
         self._plan, self._reader, self._resume = plan, checkpoint.reader, resume
-        self._manifest = Manifest.of_plan(plan, checkpoint.reader.stamps(), checkpoint.fields)
+        self._manifest = Manifest.of_plan(plan, checkpoint.reader.identity(), checkpoint.fields)
         self._take_over_manifest()
         self.pending = [rank for rank in ranks if not self._is_complete(rank)]
-        self._files = {rank: plan.file(rank) for rank in self.pending}
+        self.files = {rank: plan.file(rank) for rank in self.pending}
         self.total = plan.file_bytes * len(self.pending)
         self.done = self.resumed = 0
 
@@ -117,7 +108,7 @@ class _PartRun:
             self.done = self.total
             yield
         finally:
-            for file in self._files.values():
+            for file in self.files.values():
                 file.close()
 
     def _take_over_manifest(self) -> None:
@@ -143,7 +134,7 @@ class _PartRun:
 
     def _open_files(self) -> Journal:
         """New files, or those of the unfinished run."""
-        folder, files = self._plan.folder, list(self._files.values())
+        folder, files = self._plan.folder, list(self.files.values())
         journal = Journal(folder / JOURNAL_FILE, self._manifest.identity, len(self._plan.units), self.pending)
         if self._resume and journal.path.exists():
             journal.load()
@@ -154,41 +145,30 @@ class _PartRun:
                 raise CheckpointError(f"{folder}: files of the unfinished run are gone; run without --resume")
             self.resumed = self.done = sum(self._unit_bytes(i) for i in np.flatnonzero(journal.done))
             return journal
-        self._check_space(files)
-        for rank, file in self._files.items():
+        for rank, file in self.files.items():
             file.create()
             for name in self._plan.rank_tensors:
                 file.write(name, rank_value(rank))
         journal.create()
         return journal
 
-    def _check_space(self, files: list[PlannedFile]) -> None:
-        folder = self._plan.folder
-        free = shutil.disk_usage(folder).free
-        free += sum(file.partial.stat().st_blocks * 512 for file in files if file.partial.exists())
-        if self.total > free:
-            raise CheckpointError(
-                f"{folder}: disk full: {format_bytes(self.total)} needed, {format_bytes(free)} free; "
-                "free some, or write some ranks elsewhere with --ranks"
-            )
-
     def _write_units(self, journal: Journal, jobs: int) -> Iterator[None]:
         plan, columns = self._plan, {rank: journal.ranks.index(rank) for rank in self.pending}
-        decoder = UnitDecoder(self._reader, plan.dtype, weight_block_size(plan.config), plan.tp_degree, self.pending)
+        decoder = UnitDecoder(self._reader, plan.config, plan.dtype, plan.tp_degree, self.pending)
 
         def write(i: int) -> int:
             unit = plan.units[i]
             for ranks, region, bits in decoder.regions(unit):
                 offset, checksum = plan.region_offset(unit, region), digest(bits)
                 for rank in ranks:
-                    self._files[rank].write(unit.spec.name, bits, offset)
+                    self.files[rank].write(unit.spec.name, bits, offset)
                     journal.digests[i, columns[rank]] = checksum
             return i
 
         finished, synced = [], time.monotonic()
         try:
             todo = iter(np.flatnonzero(~journal.done).tolist())
-            for i in run_threads(todo, write, min(jobs, plan.affordable_jobs(self._reader))):
+            for i in run_threads(todo, write, min(jobs, decoder.affordable_jobs(plan.units))):
                 finished.append(i)
                 self.done += self._unit_bytes(i)
                 if time.monotonic() - synced > SYNC_SECONDS:
@@ -200,7 +180,7 @@ class _PartRun:
 
     def _sync(self, journal: Journal, finished: list[int]) -> None:
         self._reader.check_unchanged()
-        for file in self._files.values():
+        for file in self.files.values():
             file.sync()
         journal.append(finished)
 
@@ -210,7 +190,7 @@ class _PartRun:
             digests = journal.digests[:, journal.ranks.index(rank)]
             self._manifest.checksums[rank] = self._checksums(rank, digests)
         self._manifest.save(self._plan.folder)
-        for file in self._files.values():
+        for file in self.files.values():
             file.commit()
         sync_folder(self._plan.folder)
         journal.path.unlink(missing_ok=True)

@@ -2,12 +2,13 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..accuracy.compare import Comparison
+    from ..accuracy.comparison import Comparison
     from ..accuracy.recording import Recording
     from ..application import NeuronDeepseekV3ForCausalLM
 
@@ -33,13 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.backend:
         os.environ[_BACKEND_VARIABLE] = args.backend
-    from ..accuracy.recording import is_recording, load_recording
+    from ..accuracy.comparison import read_gates
+    from ..accuracy.recording import is_recording, load_recording, make_folder
     from ..accuracy.report import print_table, write_report
 
     golden = load_recording(args.golden)
     if args.bisect and not golden.has_trace:
         raise ConfigError(f"{args.golden}: holds no trace; run golden with --trace")
-    comparison = (_compare_run if is_recording(args.subject) else _run_model)(args, golden)
+    gates = read_gates(args.gates) if args.gates else None
+    if args.out:
+        make_folder(args.out)  # now, not after hours of running
+    comparison = (_compare_run if is_recording(args.subject) else _run_model)(args, golden, gates)
     print_table(comparison)
     if args.out:
         write_report(comparison, args.out)
@@ -47,41 +52,56 @@ def run(args: argparse.Namespace) -> int:
     return 0 if comparison.passed else 1
 
 
-def _compare_run(args: argparse.Namespace, golden: "Recording") -> "Comparison":
-    from ..accuracy.bisect import compare_traces
-    from ..accuracy.compare import compare
+def _compare_run(args: argparse.Namespace, golden: "Recording", gates: dict[str, float] | None) -> "Comparison":
+    from ..accuracy.comparison import DEFAULTS, compare
+    from ..accuracy.metrics import coarser
     from ..accuracy.recording import load_recording
-    from ..accuracy.rounding import coarser
+    from ..accuracy.tracing import compare_traces
 
     run = load_recording(args.subject)
     dtype = coarser(golden.dtype, run.dtype)
     if args.bisect and not run.has_trace:
         raise ConfigError(f"{args.subject}: holds no trace; compare with the checkpoint folder instead")
     findings = compare_traces(golden, run.trace, dtype) if args.bisect else None
-    return compare(golden, run, _gates(args, dtype), findings=findings)
+    comparison = compare(golden, run, gates or DEFAULTS[dtype], findings=findings)
+    unmeasured = [name for name in gates or {} if comparison.metrics[name] is None]
+    if unmeasured:
+        raise ConfigError(
+            f"{args.gates}: {', '.join(unmeasured)} cannot be measured on a recorded run; compare with the checkpoint "
+            "folder, or leave it out"
+        )
+    return comparison
 
 
-def _run_model(args: argparse.Namespace, golden: "Recording") -> "Comparison":
+def _run_model(args: argparse.Namespace, golden: "Recording", gates: dict[str, float] | None) -> "Comparison":
     from .. import backend
-    from ..accuracy.evaluate import dtype_of, evaluate
+    from ..accuracy.comparison import DEFAULTS
+    from ..accuracy.runner import dtype_of, evaluate
 
     if args.backend not in (None, backend.NAME):
         raise ConfigError(f"--backend {args.backend}: this process runs on {backend.NAME} already")
     print(backend.describe())
     model = _load_model(args, golden)
-    return evaluate(model, golden, _gates(args, dtype_of(model)), args.bisect)
+    return evaluate(model, golden, gates or DEFAULTS[dtype_of(model)], args.bisect)
 
 
 def _load_model(args: argparse.Namespace, golden: "Recording") -> "NeuronDeepseekV3ForCausalLM":
     from .. import backend
+    from ..accuracy.comparison import check_same_model
+    from ..accuracy.recording import dimensions, readable
     from ..application import NeuronDeepseekV3ForCausalLM
     from ..config import DeepseekV3InferenceConfig
+    from ..model_config import load_model_config
     from .generate import load_model
 
     if not os.path.exists(os.path.join(args.subject, _COMPILED_CONFIG)):
-        prompts, steps = [entry.prompt for entry in golden.entries], max(len(entry.tokens) for entry in golden.entries)
+        check_same_model(golden, dimensions(load_model_config(args.subject)))
+        prompts, steps = [entry.prompt for entry in golden.entries], golden.rule().max_new_tokens
         return load_model(args.subject, prompts, steps, args.dtype, seq_len=None, tp_degree=1)
-    model = NeuronDeepseekV3ForCausalLM(args.subject, DeepseekV3InferenceConfig.load(args.subject))
+    with readable(Path(args.subject, _COMPILED_CONFIG), "compile again"):
+        config = DeepseekV3InferenceConfig.load(args.subject)
+    check_same_model(golden, dimensions(config.model))
+    model = NeuronDeepseekV3ForCausalLM(args.subject, config)
     needed = max(len(entry.prompt) + len(entry.tokens) for entry in golden.entries)
     if needed > model.neuron_config.max_context_length:
         raise ConfigError(
@@ -90,9 +110,3 @@ def _load_model(args: argparse.Namespace, golden: "Recording") -> "NeuronDeepsee
         )
     model.load(*([args.subject] if backend.NAME == "nxdi" else []))
     return model
-
-
-def _gates(args: argparse.Namespace, dtype: str) -> dict[str, float]:
-    from ..accuracy.gates import DEFAULTS, read_gates
-
-    return read_gates(args.gates) if args.gates else DEFAULTS[dtype]

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .. import backend
-from ..reference import hugging_face_model, reference_logits
+from ..accuracy.reference import hugging_face_model, reference_logits
 from ..streaming import BatchStreamer, TextPrinter
 from ..third_party import encode, load_tokenizer
 from ..tiny_model import TINY_MODEL_DIR, load_goldens

@@ -4,13 +4,11 @@ import argparse
 import sys
 import time
 
-import torch
-
-from ..accuracy.golden import make_golden
-from ..accuracy.greedy import Rule
-from ..accuracy.recording import Entry
+from ..accuracy.golden_run import make_golden
+from ..accuracy.recording import Entry, Rule
+from ..checkpoint.folder import Checkpoint
+from ..dtypes import model_dtype
 from ..errors import ConfigError
-from ..model_config import load_model_config
 from .arguments import non_negative_int, positive_int
 from .prompts import add_prompt_arguments, check_ids, parse_ids, read_generation_config, read_prompts, stop_tokens
 
@@ -37,16 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = load_model_config(args.model_dir)
-    prompts, drafts = _prompts(args)
-    check_ids([prompt.prompt for prompt in prompts], config.vocab_size)
-    check_ids([draft for draft in drafts if draft], config.vocab_size)
-    stops = stop_tokens(read_generation_config(args.model_dir, config))
-    rule = Rule(args.max_new_tokens, tuple(stops), args.min_new_tokens)
-    dtype = getattr(torch, args.dtype)
-    recording = make_golden(
-        args.model_dir, prompts, drafts, rule, args.out, dtype, args.trace, args.batch_size, _Reporter()
-    )
+    with Checkpoint(args.model_dir) as checkpoint:
+        config = checkpoint.config
+        prompts, drafts = _prompts(args)
+        check_ids([prompt.prompt for prompt in prompts], config.vocab_size)
+        check_ids([draft for draft in drafts if draft], config.vocab_size)
+        stops = stop_tokens(read_generation_config(args.model_dir, config))
+        rule = Rule(args.max_new_tokens, tuple(stops), args.min_new_tokens)
+        dtype = model_dtype(args.dtype)
+        recording = make_golden(
+            checkpoint, prompts, drafts, rule, args.out, dtype, args.trace, args.batch_size, _Reporter()
+        )
     for entry in recording.entries:
         print(" ".join(map(str, entry.tokens)))
     print(f"{args.out}: logits of {sum(len(entry.tokens) for entry in recording.entries)} tokens by {recording.source}")

@@ -2,17 +2,29 @@
 
 import argparse
 
-from ..checkpoint.progress import format_bytes
-from ..checkpoint.summary import inspect_checkpoint
+from ..checkpoint.summary import CheckpointSummary, inspect_checkpoint
+from ..progress_bar import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint; only headers are read")
+    parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint; headers, norms and scales are read")
+    parser.add_argument("--full", action="store_true", help="read all weights, to find NaN and infinity in them")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status 0 when the checkpoint is complete, 1 when it has problems."""
-    summary = inspect_checkpoint(args.model_dir)
+    summary = inspect_checkpoint(args.model_dir, args.full)
+    _print_contents(summary)
+    for line in summary.ignored:
+        print(f"ignored: {line}")
+    for problem in summary.problems:
+        print(f"problem: {problem}")
+    complete = "complete: every tensor is there, in its shape" + (", every weight finite" if args.full else "")
+    print(f"{len(summary.problems)} problems" if summary.problems else complete)
+    return 1 if summary.problems else 0
+
+
+def _print_contents(summary: CheckpointSummary) -> None:
     total = sum(summary.bytes_by_dtype.values())
     print(f"parameters    {_count(summary.parameters)}, {_count(summary.active)} active per token")
     print(f"layers        {summary.dense_layers} dense, {summary.moe_layers} with experts")
@@ -22,13 +34,7 @@ def run(args: argparse.Namespace) -> int:
     for title, sizes in (("by dtype", summary.bytes_by_dtype), ("by part", summary.bytes_by_part)):
         print(title)
         for name, size in sizes.items():
-            print(f"  {name:<16}{format_bytes(size):>10}  {size / total:6.1%}")
-    for name in summary.extra:
-        print(f"ignored: {name}")
-    for problem in summary.problems:
-        print(f"problem: {problem}")
-    print(f"{len(summary.problems)} problems" if summary.problems else "complete: every tensor is there, in its shape")
-    return 1 if summary.problems else 0
+            print(f"  {name:<16}{format_bytes(size):>10}  {size / max(total, 1):6.1%}")
 
 
 def _mtp(layers: int, parameters: int) -> str:

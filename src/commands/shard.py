@@ -4,9 +4,9 @@ import argparse
 
 from ..checkpoint.estimate import estimate_sharding
 from ..checkpoint.plan import parse_ranks
-from ..checkpoint.progress import ProgressBar, format_bytes, format_seconds
 from ..checkpoint.sharder import shard_checkpoint
 from ..dtypes import MODEL_DTYPES
+from ..progress_bar import ByteBar, format_bytes, format_seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +25,18 @@ def run(args: argparse.Namespace) -> int:
     ranks = parse_ranks(args.ranks, args.tp_degree)
     if args.dry_run:
         return _dry_run(args, ranks)
-    summary = shard_checkpoint(
-        args.model_dir,
-        args.out_dir,
-        args.tp_degree,
-        args.dtype,
-        ranks=ranks,
-        jobs=args.jobs,
-        resume=args.resume,
-        with_mtp=args.with_mtp,
-        progress=ProgressBar("shard"),
-    )
+    with ByteBar("shard") as progress:
+        summary = shard_checkpoint(
+            args.model_dir,
+            args.out_dir,
+            args.tp_degree,
+            args.dtype,
+            ranks=ranks,
+            jobs=args.jobs,
+            resume=args.resume,
+            with_mtp=args.with_mtp,
+            progress=progress,
+        )
     resumed = f" ({format_bytes(summary.resumed)} were there already)" if summary.resumed else ""
     print(f"{summary.files} files in {', '.join(map(str, summary.folders))}")
     rate = summary.bytes / summary.seconds

@@ -2,8 +2,8 @@
 
 import argparse
 
-from ..checkpoint.progress import ProgressBar, format_bytes
-from ..checkpoint.unshard import unshard
+from ..checkpoint.unsharder import unshard
+from ..progress_bar import ByteBar, format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    size = unshard(args.out_dir, args.model_dir, args.jobs, ProgressBar("unshard"))
+    with ByteBar("unshard") as progress:
+        size = unshard(args.out_dir, args.model_dir, args.jobs, progress)
     print(f"{format_bytes(size)} written to {args.model_dir}")
     return 0

@@ -2,8 +2,8 @@
 
 import argparse
 
-from ..checkpoint.progress import ProgressBar, format_bytes, format_seconds
-from ..checkpoint.verify import verify_shards
+from ..checkpoint.verifier import verify_shards
+from ..progress_bar import ByteBar, format_bytes, format_seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     sample = 1.0 if args.full else args.sample
-    summary = verify_shards(args.model_dir, args.out_dir, sample, args.jobs, ProgressBar("verify"))
+    with ByteBar("verify") as progress:
+        summary = verify_shards(args.model_dir, args.out_dir, sample, args.jobs, progress)
     print(
         f"{summary.files} files: {format_bytes(summary.bytes)} compared, all equal, {format_seconds(summary.seconds)}"
     )

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..checkpoint.layout import model_layout
 from ..errors import CheckpointError, ConfigError
 from .parallel_state import gather_sequence, initialize_model_parallel, split_sequence, tensor_parallel_rank
-from .sharding import shard
 
 
 class NeuronBaseModel(nn.Module):
@@ -101,11 +99,8 @@ class NeuronBaseForCausalLM(nn.Module):
     def load(self, device: torch.device | str = "cpu") -> None:
         """Builds this rank's model on `device` and loads its part of the checkpoint."""
         device = torch.device(device)
-        tp_degree = self.neuron_config.tp_degree
-        initialize_model_parallel(tp_degree, device)
-        state_dict = self.checkpoint_loader_fn()
-        for spec in model_layout(self.config.model):
-            state_dict[spec.name] = shard(state_dict[spec.name], spec, tensor_parallel_rank(), tp_degree)
+        initialize_model_parallel(self.neuron_config.tp_degree, device)
+        state_dict = self.rank_state_dict(tensor_parallel_rank())
         model = self._model_cls(self.config)
         missing, _ = model.load_state_dict(state_dict, strict=False, assign=True)
         missing = [name for name in missing if not name.startswith("kv_mgr.")]
@@ -113,7 +108,8 @@ class NeuronBaseForCausalLM(nn.Module):
             raise CheckpointError(f"the converted checkpoint lacks {', '.join(missing)}")
         self.model = model.to(device).eval()
 
-    def checkpoint_loader_fn(self) -> dict[str, Tensor]:
+    def rank_state_dict(self, rank: int) -> dict[str, Tensor]:
+        """The weights that `rank` holds, by the names of the model's parameters."""
         raise NotImplementedError
 
     @property

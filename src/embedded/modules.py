@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class RMSNorm(nn.Module):
@@ -15,9 +16,8 @@ class RMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = hidden_states.to(torch.float32)
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x.to(hidden_states.dtype)
+        normed = F.rms_norm(hidden_states.to(torch.float32), self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
 
 
 def rmsnorm_cls() -> type[nn.Module]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-
-CONFIG_FILE = "neuron_config.json"
+from ..saved_config import CONFIG_FILE
 
 
 class MoENeuronConfig:
@@ -87,8 +86,12 @@ class InferenceConfig:
 
     @classmethod
     def load(cls, folder: str | Path, **kwargs: Any) -> "InferenceConfig":
+        return cls.from_json_string((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"), **kwargs)
+
+    @classmethod
+    def from_json_string(cls, json_string: str, **kwargs: Any) -> "InferenceConfig":
         """The saved config; kwargs override its fields."""
-        fields = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")) | kwargs
+        fields = json.loads(json_string) | kwargs
         return cls(cls.get_neuron_config_cls()(**fields.pop("neuron_config")), **fields)
 
 

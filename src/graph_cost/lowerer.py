@@ -22,9 +22,12 @@ class Lowerer:
 
     def cost(self, request: Request) -> GraphCost:
         """Raises GraphCostError where the graph cannot be lowered or counted."""
-        self._process.stdin.write(request.to_json() + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline() or '{"error": "the lowering process failed"}')
+        try:
+            self._process.stdin.write(request.to_json() + "\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._process.stdout.readline())
+        except (OSError, ValueError):  # it ended, and said why on stderr
+            raise GraphCostError(f"{request}: the lowering process failed") from None
         if "error" in answer:
             raise GraphCostError(f"{request}: {answer['error']}")
         return GraphCost.from_dict(answer)

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import neuron_stand_ins
 from ..errors import DeepseekError, GraphCostError
-from ..nxdi_source import NxDINotFound, find_nxdi
+from ..without_sdk import cpu_mode, nxdi_source
 from . import neuron_ops
 from .count import GraphCost, bytes_read, count
 from .hlo import Graph
@@ -57,17 +56,15 @@ def lower(request: Request) -> GraphCost:
 def _prepare_process() -> None:
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["NXDI_DEEPSEEK_BACKEND"] = "nxdi"
-    os.environ.pop("NXD_CPU_MODE", None)  # the graph of the device is wanted, not that of NxD's CPU mode
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    folders = find_nxdi()
     try:
         importlib.import_module("torch_xla")
     except ImportError as error:
         raise GraphCostError(f"graph-cost needs torch_xla ({error}); the README says how to install it") from None
     neuron_ops.define()
-    neuron_stand_ins.install()
-    sys.path.extend(folder for folder in folders if folder not in sys.path)
+    nxdi_source.make_importable()
+    os.environ.pop(cpu_mode.VARIABLE, None)  # the graph of the device is wanted
     neuron_ops.replace_kernels()
     neuron_ops.replace_collectives()
     importlib.import_module(f"{__package__}.rank_model")
@@ -127,7 +124,7 @@ def main() -> int:
     with contextlib.redirect_stdout(sys.stderr):  # NxD logs to stdout
         try:
             _prepare_process()
-        except (DeepseekError, NxDINotFound) as error:
+        except DeepseekError as error:
             failure = json.dumps({"error": str(error)})
         for line in sys.stdin:
             print(failure or _in_fork(Request.from_json(line)), file=answers, flush=True)

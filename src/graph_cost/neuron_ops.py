@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import neuron_stand_ins
+from ..without_sdk import stand_ins
 from .kernels import BLOCKWISE_MATMUL, RMS_NORM
 
 
 def define() -> None:
-    """Gives the stand-ins of the closed packages these operators. Comes before `neuron_stand_ins.install`."""
-    neuron_stand_ins.define("torch_neuronx.xla_impl.base", xla_hlo_call=_xla_hlo_call)
-    neuron_stand_ins.define("torch_neuronx.xla_impl.ops", xla_hlo_call=_xla_hlo_call, RmsNorm=_RmsNorm)
+    """Gives the stand-ins of the closed packages these operators. Comes before `stand_ins.install`."""
+    stand_ins.define("torch_neuronx.xla_impl.base", xla_hlo_call=_xla_hlo_call)
+    stand_ins.define("torch_neuronx.xla_impl.ops", xla_hlo_call=_xla_hlo_call, RmsNorm=_RmsNorm)
 
 
 def replace_kernels() -> None:
@@ -74,7 +74,7 @@ def _xla_hlo_call(function: Callable[..., Any]) -> Callable[..., Any]:
         "ModuleMarkerStart.forward_impl": _identity,
         "ModuleMarkerEnd.forward_impl": _identity,
     }
-    return in_torch.get(function.__qualname__, neuron_stand_ins.kernel_decorator(function))
+    return in_torch.get(function.__qualname__, stand_ins.kernel_decorator(function))
 
 
 def _fill_prefix(cache: Tensor, prefix: Tensor) -> Tensor:

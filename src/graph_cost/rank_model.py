@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..errors import GraphCostError
 from .request import Request
 
+_OUR_CLASS = "NeuronDeepseekV3ForCausalLM"
+
 
 class Part(nn.Module):
     """A part of the model that returns the hidden states (or logits) and the new key/values, and its inputs."""
@@ -27,10 +29,10 @@ class Part(nn.Module):
         model = instance.module
         caches = list(model.kv_mgr.past_key_values)
         if request.part != "model":
-            layer = _layer_index(request, instance.config)
+            layer = request.layer
             caches = caches[2 * layer : 2 * layer + 2]
             model = model.layers[layer].self_attn if request.part == "attention" else model.layers[layer]
-            self.inputs = _layer_inputs(request, instance.config, caches)
+            self.inputs = _layer_inputs(request, instance.config.neuron_config, caches)
         self.module = model
         slots = request.batch * caches[0].shape[2]
         self.kv_bytes_per_token = sum(cache.nbytes for cache in caches) // slots
@@ -76,29 +78,43 @@ def _application(request: Request) -> NeuronBaseForCausalLM:
     fields = {"seq_len": request.length, "max_context_length": request.length, "batch_size": request.batch}
     fields |= {"tp_degree": request.tp_degree, "torch_dtype": torch.bfloat16, "logical_nc_config": 2}
     neuron_config = config_class.get_neuron_config_cls()(**fields | request.neuron_config)
+    _check_names(request.neuron_config, neuron_config)
     return causal_lm("", config_class(neuron_config, load_config=_load_config(request)))
 
 
+def _check_names(given: dict[str, Any], neuron_config: Any) -> None:
+    """NxDI ignores names that it does not know, and the figures would be those of another graph."""
+    known = {*vars(neuron_config), *(f"disable_{name}" for name in vars(neuron_config))}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise GraphCostError(f"--neuron-config: NxDI's NeuronConfig has no {', '.join(unknown)}; remove it")
+
+
 def _causal_lm_class(impl: str | None) -> type[NeuronBaseForCausalLM]:
+    """The causal LM that a modeling_deepseek.py defines, or hands out under the name that ours has."""
     if impl is None:
-        name = f"{__package__.rpartition('.')[0]}.modeling_deepseek"
+        package = __package__.rpartition(".")[0]
     else:
         # By its folder's name, which the modules inside may use to import each other.
         folder = Path(impl).resolve()
         sys.path.insert(0, str(folder.parent))
-        name = f"{folder.name}.modeling_deepseek"
-    module = importlib.import_module(name)
-    defined = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
-    return next(value for value in defined if issubclass(value, NeuronBaseForCausalLM))
+        package = folder.name
+    module = importlib.import_module(f"{package}.modeling_deepseek")
+    defined = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    classes = [value for value in defined if isinstance(value, type) and issubclass(value, NeuronBaseForCausalLM)]
+    found = classes[0] if classes else getattr(module, _OUR_CLASS, None)
+    if found is None:
+        raise GraphCostError(f"{module.__file__} defines no subclass of NxDI's NeuronBaseForCausalLM")
+    return found
 
 
 def _load_config(request: Request) -> Any:
-    """The hook that fills an InferenceConfig. A graph of one layer needs the layers up to the first with experts."""
+    """The hook that fills an InferenceConfig. A graph of one layer needs the layers up to it."""
     fields = dict(request.config)
     fields.pop("torch_dtype", None)
     fields.pop("quantization_config", None)
     if request.part != "model":
-        fields["num_hidden_layers"] = fields.get("first_k_dense_replace", 0) + 1
+        fields["num_hidden_layers"] = request.layer + 1
 
     def load_config(config: Any) -> None:
         vars(config).update(fields)
@@ -106,20 +122,12 @@ def _load_config(request: Request) -> Any:
     return load_config
 
 
-def _layer_index(request: Request, config: Any) -> int:
-    if request.part != "dense":
-        return config.first_k_dense_replace
-    if config.first_k_dense_replace == 0:
-        raise GraphCostError("the config has no dense layer (first_k_dense_replace is 0)")
-    return 0
-
-
-def _layer_inputs(request: Request, config: Any, cache: list[Tensor]) -> dict[str, Any]:
+def _layer_inputs(request: Request, neuron_config: Any, cache: list[Tensor]) -> dict[str, Any]:
     batch, length = request.batch, request.length
     new = length if request.phase == "prefill" else 1
-    ranks = config.neuron_config.tp_degree if config.neuron_config.sequence_parallel_enabled else 1
+    ranks = request.tp_degree if neuron_config.sequence_parallel_enabled else 1
     return {
-        "hidden_states": torch.empty(batch, new // ranks, config.hidden_size, dtype=torch.bfloat16),
+        "hidden_states": torch.empty(batch, new // ranks, request.model.hidden_size, dtype=torch.bfloat16),
         "attention_mask": torch.empty(batch, 1, new, length, dtype=torch.bool),
         "position_ids": torch.empty(batch, new, dtype=torch.int64),
         "past_key_value": None if request.phase == "prefill" else cache,

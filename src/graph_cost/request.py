@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..errors import GraphCostError
+from ..model_config import ModelConfig, read_model_config
 
 PARTS = ("attention", "dense", "moe", "model")
 PHASES = ("prefill", "decode")
@@ -30,6 +32,18 @@ class Request:
 
     def __str__(self) -> str:
         return f"{self.part} {self.phase} {self.length} {self.batch}"
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """The config, checked. Raises ConfigError."""
+        return read_model_config(self.config)
+
+    @property
+    def layer(self) -> int | None:
+        """The first layer that the part can be taken from, None where the model has no layer of that kind."""
+        kinds = {"dense": (False,), "moe": (True,)}.get(self.part, (False, True))
+        layers = range(self.model.num_hidden_layers)
+        return next((layer for layer in layers if self.model.has_experts(layer) in kinds), None)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

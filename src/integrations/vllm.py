@@ -5,34 +5,37 @@ import importlib.util
 import os
 import warnings
 
+from ..errors import ConfigError
+from ..family import ARCHITECTURES
 from .post_import import when_imported
-from .registration import ARCHITECTURE_KEYS, ARCHITECTURES, add_model, register_config, version_of
-from .vllm_config import DeepseekV3ServingConfig
+from .registration import add_by_architecture
+from .vllm_config import ServingChecks
+from .warn import warning_instead_of_error
 
 CPU_VARIABLE = "NXDI_DEEPSEEK_VLLM_CPU"
 _PLUGIN = "vllm_neuron"
 _LOADER = "vllm_neuron.worker.neuronx_distributed_model_loader"
-_PLATFORM = "vllm_neuron.platform.NeuronPlatform"
+_PLATFORM = "vllm_neuron.platform"
 
 
 def register_model() -> None:
     """`vllm.general_plugins`: enters the model where vLLM and its Neuron plugin look for it.
 
-    Does nothing without the Neuron plugin. The plugin's table gets its entry when a worker imports it: importing NxDI
-    here would slow down every process of vLLM, and most never use it.
+    Does nothing without the Neuron plugin, and warns where the plugin does not run models through NxDI. The plugin's
+    table gets its entry when a worker imports it: importing NxDI here would slow down every process of vLLM, and most
+    never use it.
     """
-    if not _is_installed(_PLUGIN):
-        return
-    register_config()
-    _register_architectures()
-    if _is_installed(_LOADER):
-        when_imported(_LOADER, lambda loader: add_model(loader, ARCHITECTURE_KEYS))
-    else:
-        warnings.warn(
-            f"DeepSeek-V3 is not registered: {version_of(_PLUGIN)} has no {_LOADER}; use a version that runs models "
-            "through NxDI",
-            stacklevel=2,
-        )
+    with warning_instead_of_error(_PLUGIN):
+        if not is_installed(_PLUGIN):
+            return
+        if not is_installed(_LOADER):
+            raise ConfigError(f"it has no {_LOADER}; use a version that runs models through NxDI")
+        from .transformers_configs import register_configs
+
+        register_configs()
+        _register_architectures()
+        _register_checks()
+        when_imported(_LOADER, add_by_architecture)
 
 
 def cpu_platform() -> str | None:
@@ -42,13 +45,14 @@ def cpu_platform() -> str | None:
     """
     if os.environ.get(CPU_VARIABLE) != "1" or glob.glob("/dev/neuron*"):
         return None
-    if not _is_installed(_PLUGIN):
-        warnings.warn(f"{CPU_VARIABLE}=1 has no effect: {_PLUGIN} is not installed", stacklevel=2)
-        return None
-    return _PLATFORM
+    with warning_instead_of_error(_PLUGIN):
+        if is_installed(_PLATFORM):
+            return f"{_PLATFORM}.NeuronPlatform"
+        warnings.warn(f"{CPU_VARIABLE}=1 has no effect: {_PLATFORM} is not installed", stacklevel=2)
+    return None
 
 
-def _is_installed(module: str) -> bool:
+def is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # a package on the way to it is missing
@@ -63,7 +67,6 @@ def _register_architectures() -> None:
     for architecture in ARCHITECTURES:
         if architecture not in known:
             ModelRegistry.register_model(architecture, "vllm.model_executor.models.deepseek_v2:DeepseekV3ForCausalLM")
-    _register_checks()
 
 
 def _register_checks() -> None:
@@ -72,4 +75,6 @@ def _register_checks() -> None:
     except ImportError:  # moved: the same mistakes come to light later, in the engine
         return
     for architecture in ARCHITECTURES:
-        MODELS_CONFIG_MAP.setdefault(architecture, DeepseekV3ServingConfig)
+        entry = MODELS_CONFIG_MAP.get(architecture)
+        if not isinstance(entry, ServingChecks):
+            MODELS_CONFIG_MAP[architecture] = ServingChecks(entry)

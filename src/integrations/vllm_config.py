@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,31 @@ ARTIFACTS_VARIABLE = "NEURON_COMPILED_ARTIFACTS"
 _SCHEDULER_VARIABLE = "DISABLE_NEURON_CUSTOM_SCHEDULER"
 
 
-class DeepseekV3ServingConfig:
-    """What vLLM calls for an architecture once its configuration is complete."""
+@dataclass(frozen=True)
+class ServingChecks:
+    """What vLLM calls for an architecture while its configuration is made: vLLM's own entry, if it has one, and ours.
 
-    @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
+    An instance serves where vLLM has classes with static methods.
+    """
+
+    vllms_own: Any = None
+
+    def verify_and_update_model_config(self, model_config: Any) -> None:
+        """vLLM 0.16 and newer: nothing of ours yet."""
+        self._call_vllms_own("verify_and_update_model_config", model_config)
+
+    def verify_and_update_config(self, vllm_config: Any) -> None:
         """Raises ConfigError naming the argument and the remedy. Says nothing about platforms other than Neuron."""
+        self._call_vllms_own("verify_and_update_config", vllm_config)
         from vllm.platforms import current_platform
 
         if type(current_platform).__module__.startswith("vllm_neuron"):
             check_features(vllm_config)
             check_limits(vllm_config)
+
+    def _call_vllms_own(self, method: str, config: Any) -> None:
+        if hasattr(self.vllms_own, method):
+            getattr(self.vllms_own, method)(config)
 
 
 def check_features(vllm_config: Any) -> None:
@@ -52,17 +67,26 @@ def check_limits(vllm_config: Any) -> None:
         ("max_model_len", vllm_config.model_config.max_model_len, "seq_len"),
         ("max_num_seqs", vllm_config.scheduler_config.max_num_seqs, "batch_size"),
     ):
-        if value > limits.get(field, value):
+        limit = limits.get(field)
+        if isinstance(limit, int) and value > limit:
             raise ConfigError(
-                f"vLLM: {name} {value} exceeds {field} {limits[field]} of {where}; lower {name}, or raise {field} and "
+                f"vLLM: {name} {value} exceeds {field} {limit} of {where}; lower {name}, or raise {field} and "
                 "compile again"
             )
 
 
 def _limits(vllm_config: Any) -> tuple[dict[str, Any], str]:
     """The NeuronConfig fields that are fixed already, and by what."""
-    saved = Path(os.environ.get(ARTIFACTS_VARIABLE, ""), "neuron_config.json")
-    if ARTIFACTS_VARIABLE in os.environ and saved.exists():
-        return json.loads(saved.read_text(encoding="utf-8"))["neuron_config"], str(saved)
+    folder = os.environ.get(ARTIFACTS_VARIABLE)
+    saved = Path(folder or "", "neuron_config.json")
+    if folder and saved.exists():
+        return _saved_neuron_config(saved), str(saved)
     overrides = (vllm_config.additional_config or {}).get("override_neuron_config") or {}
     return overrides, "override_neuron_config"
+
+
+def _saved_neuron_config(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["neuron_config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error!r}); delete its folder and compile again") from None

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from support import nxdi
+from nxdi_deepseek.without_sdk.nxdi_source import NxDINotFound, find_nxdi
 
 if "nxdi_deepseek.backend" in sys.modules:
     raise pytest.UsageError("run `pytest test/unit` and `pytest test/integration` in two processes")
@@ -13,6 +13,6 @@ def pytest_sessionfinish(session, exitstatus):
     """Without NxDI every module is skipped, which pytest takes for a mistake."""
     if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         try:
-            nxdi.find_nxdi()
-        except nxdi.NxDINotFound:
+            find_nxdi()
+        except NxDINotFound:
             session.exitstatus = pytest.ExitCode.OK

@@ -8,8 +8,9 @@ from support import nxdi, without_sdk
 
 nxdi.require_nxdi()
 
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint  # noqa: E402
 from nxdi_deepseek.cli import main  # noqa: E402
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint  # noqa: E402
+from nxdi_deepseek.example_configs import DEMO_CONFIG  # noqa: E402
 
 
 def test_demo_matches_hugging_face(capsys):

@@ -6,10 +6,10 @@ from support import nxdi
 
 nxdi.require_nxdi()
 
-from nxdi_deepseek.accuracy.golden import make_golden  # noqa: E402
-from nxdi_deepseek.accuracy.greedy import Rule  # noqa: E402
-from nxdi_deepseek.accuracy.nxdi_rule import TOLERANCE_MAP, judge  # noqa: E402
-from nxdi_deepseek.accuracy.recording import Entry  # noqa: E402
+from nxdi_deepseek.accuracy.golden_run import make_golden  # noqa: E402
+from nxdi_deepseek.accuracy.metrics import TOLERANCE_MAP, judge  # noqa: E402
+from nxdi_deepseek.accuracy.recording import Entry, Rule  # noqa: E402
+from nxdi_deepseek.checkpoint.folder import Checkpoint  # noqa: E402
 from nxdi_deepseek.cli import main  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 from support.compare_suite import *  # noqa: E402, F403
@@ -26,7 +26,8 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     model_dir = write_served_checkpoint(folder)
     rule = Rule(NEW, stop_tokens=(1,), min_new_tokens=NEW)
-    make_golden(model_dir, [Entry(words(PROMPT), PROMPT)], [[]], rule, folder / "golden", batch_size=2)
+    with Checkpoint(model_dir) as checkpoint:
+        make_golden(checkpoint, [Entry(words(PROMPT), PROMPT)], [[]], rule, folder / "golden", batch_size=2)
     return model_dir, str(folder / "golden" / "expected_outputs_0.pt")
 
 

@@ -7,18 +7,18 @@ import functools
 import importlib
 
 import pytest
-from nxdi_deepseek import neuron_stand_ins
+from nxdi_deepseek.without_sdk import stand_ins
 from support import nxdi
 
 nxdi.require_nxdi()
-if neuron_stand_ins.is_stand_in(importlib.import_module("torch_xla")):
+if stand_ins.is_stand_in(importlib.import_module("torch_xla")):
     pytest.skip("torch_xla is not installed", allow_module_level=True)
 
 from nxdi_deepseek.errors import GraphCostError  # noqa: E402
+from nxdi_deepseek.example_configs import RELEASED_CONFIG as C  # noqa: E402
 from nxdi_deepseek.graph_cost.lowerer import Lowerer  # noqa: E402
 from nxdi_deepseek.graph_cost.request import Request  # noqa: E402
 from nxdi_deepseek.mla import MAX_QUERY_BLOCKS, QUERY_BLOCK  # noqa: E402
-from nxdi_deepseek.synthetic import RELEASED_CONFIG as C  # noqa: E402
 
 TP = 64
 HIDDEN, HEADS = C["hidden_size"], C["num_attention_heads"] // TP
@@ -172,3 +172,9 @@ def test_a_model_that_reads_a_value_is_refused(lowerer, tmp_path, read):
     request = Request("attention", "decode", 512, 1, config=C, impl=str(tmp_path))
     with pytest.raises(GraphCostError, match="reads a tensor's value"):
         lowerer.cost(request)
+
+
+def test_a_neuron_config_field_that_nxdi_would_ignore_is_refused(lowerer):
+    fields = {"sequence_paralel_enabled": True, "disable_normalize_top_k_affinities": True}
+    with pytest.raises(GraphCostError, match="NeuronConfig has no sequence_paralel_enabled; remove it$"):
+        lowerer.cost(Request("attention", "decode", 512, 1, config=C, neuron_config=fields))

@@ -11,13 +11,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import nxdi, without_sdk
+from support import nxdi
 from transformers.generation import GenerateDecoderOnlyOutput
 
 nxdi.require_nxdi()
 
 from nxdi_deepseek import cli  # noqa: E402
-from nxdi_deepseek.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 
 PROMPT = [5, 17, 42, 9, 88]
@@ -76,7 +77,7 @@ def demo(monkeypatch, capsys):
 
 
 def run_process(module, *arguments):
-    environment = without_sdk.environment() | {"OMP_NUM_THREADS": "1"}
+    environment = cpu_environment() | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", module, *arguments], env=environment, capture_output=True, text=True)
 
 
@@ -122,6 +123,28 @@ def test_logit_matching_fails_when_a_weight_is_changed(damaged, expected_outputs
     result = run_process("nxdi_deepseek.cli", "inference-demo", *arguments)
     assert result.returncode == 1, result.stderr
     assert "LogitMatchingValidationError" in result.stderr
+
+
+@pytest.mark.parametrize("kept", [3, SEQ_LEN - len(PROMPT) - 1])
+def test_expected_outputs_of_another_length_do_not_pass(demo, checkpoint, hf_model, tmp_path, kept):
+    """NxDI alone would compare what is there and pass."""
+    output = generate(hf_model, PROMPT)
+    outputs = GenerateDecoderOnlyOutput(
+        sequences=output.sequences[:, : len(PROMPT) + kept], scores=output.scores[:kept]
+    )
+    torch.save(outputs, tmp_path / "short.pt")
+    options = check("logit-matching", str(tmp_path / "short.pt"))
+    status, _, err = demo(*arguments_for(checkpoint, tmp_path, *options))
+    assert status == 2
+    assert f"holds {kept} tokens and the run makes {SEQ_LEN - len(PROMPT)}" in err.splitlines()[-1]
+    status, _, err = demo(*arguments_for(checkpoint, tmp_path, *options, "--num-tokens-to-check", str(kept + 1)))
+    assert status == 2
+    assert f"holds {kept} tokens and the run makes {kept + 1}" in err.splitlines()[-1]
+    status, out, _ = demo(*arguments_for(checkpoint, tmp_path, *options, "--num-tokens-to-check", str(kept)))
+    assert status == 0
+    assert f"All {kept} tokens passed validation" in out
+    with pytest.raises((AssertionError, RuntimeError)):
+        demo(*arguments_for(checkpoint, tmp_path, *check("token-matching", str(tmp_path / "short.pt"))))
 
 
 def test_token_matching_passes(demo, checkpoint, expected_outputs, tmp_path):

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 import transformers
-from nxdi_deepseek import neuron_stand_ins, nxdi_source
+from nxdi_deepseek.errors import DeepseekError
+from nxdi_deepseek.without_sdk import nxdi_source, stand_ins
 from support import nxdi
 
 nxdi.require_nxdi()
@@ -132,7 +133,7 @@ def test_batch_rows_differ(expected):
 
 
 absent = pytest.mark.skipif(
-    not neuron_stand_ins.is_stand_in(importlib.import_module("nki")), reason="the real nki is installed"
+    not stand_ins.is_stand_in(importlib.import_module("nki")), reason="the real nki is installed"
 )
 
 
@@ -148,12 +149,12 @@ absent = pytest.mark.skipif(
     ],
 )
 def test_calling_a_stand_in_fails(call):
-    with pytest.raises(neuron_stand_ins.NeuronSDKUnavailable, match="was called, but the Neuron SDK is not installed"):
+    with pytest.raises(stand_ins.NeuronSDKUnavailable, match="was called, but the Neuron SDK is not installed"):
         call()
 
 
 def test_installed_packages_are_not_replaced():
-    assert not any(neuron_stand_ins.is_stand_in(sys.modules[name]) for name in ("torch", "transformers"))
+    assert not any(stand_ins.is_stand_in(sys.modules[name]) for name in ("torch", "transformers"))
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("transformers.no_such_module")
 
@@ -170,6 +171,7 @@ def test_missing_source_is_explained_in_one_line(tmp_path, monkeypatch):
         nxdi_source.find_nxdi_source()
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+    assert isinstance(error.value, DeepseekError)
 
 
 def test_version_is_visible():

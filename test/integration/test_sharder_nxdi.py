@@ -1,9 +1,11 @@
 """Rank files are those that NxDI's own ModelBuilder.shard_checkpoint writes, byte for byte."""
 
 import importlib
+import shutil
 
 import pytest
 import torch
+from nxdi_deepseek.without_sdk import stand_ins
 from support import nxdi
 
 nxdi.require_nxdi()
@@ -32,18 +34,24 @@ def checkpoint(tmp_path_factory):
     return get
 
 
-def shard_with_nxdi(model_dir, out_dir, tp_degree, dtype, monkeypatch):
-    """As NxDI's compile() does. In CPU mode its mock of torch.distributed could not make process groups."""
+def shard_with_nxdi(model_dir, out_dir, tp_degree, dtype, monkeypatch, **fields):
+    """As NxDI's compile() does. In CPU mode its mock of torch.distributed could not make process groups.
+
+    fields: of the config in memory, where it differs from config.json. Returns the model.
+    """
     monkeypatch.setenv("NXD_CPU_MODE", "0")
     torch_neuronx = importlib.import_module("torch_neuronx")
-    if nxdi.neuron_stand_ins.is_stand_in(torch_neuronx):
+    if stand_ins.is_stand_in(torch_neuronx):
         monkeypatch.setattr(torch_neuronx, "__version__", "2", raising=False)
     neuron = {"torch_dtype": getattr(torch, dtype), "save_sharded_checkpoint": True, "batch_size": 1}
-    model = NeuronDeepseekV3ForCausalLM(str(model_dir), load_config(model_dir, tp_degree=tp_degree, **neuron))
+    config = load_config(model_dir, tp_degree=tp_degree, **neuron)
+    vars(config).update(fields)
+    model = NeuronDeepseekV3ForCausalLM(str(model_dir), config)
     builder = model.get_builder()
     # Tied weights of a single rank share memory, and NxDI's save_file refuses such tensors.
     builder.checkpoint_loader = lambda: {name: tensor.clone() for name, tensor in model.checkpoint_loader_fn().items()}
     builder.shard_checkpoint(serialize_path=f"{out_dir}/weights/")
+    return model
 
 
 def assert_equals_nxdi(model_dir, tmp_path, tp_degree, dtype, monkeypatch):
@@ -71,6 +79,33 @@ def test_encodings(checkpoint, tmp_path, monkeypatch, encoding, dtype, tp_degree
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants(checkpoint, tmp_path, monkeypatch, name, dtype, tp_degree):
     assert_equals_nxdi(checkpoint(name, "FP8, float32 scales"), tmp_path, tp_degree, dtype, monkeypatch)
+
+
+def test_fewer_layers_than_the_folder(checkpoint, tmp_path, monkeypatch):
+    """shard_weights goes by the config in memory, as what NxDI loads does; and takes over the files next time."""
+    model_dir = checkpoint("v3", "FP8, float32 scales")
+    model = shard_with_nxdi(model_dir, tmp_path / "nxdi", 2, "bfloat16", monkeypatch, num_hidden_layers=2)
+    model.shard_weights(str(tmp_path / "ours"))
+    for rank in range(2):
+        file = f"weights/tp{rank}_sharded_checkpoint.safetensors"
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "nxdi" / file).read_bytes()
+        assert not any(name.startswith("layers.2.") for name in load_file(tmp_path / "ours" / file))
+    written = (tmp_path / "ours" / file).stat().st_mtime_ns
+    model.shard_weights(str(tmp_path / "ours"))
+    assert (tmp_path / "ours" / file).stat().st_mtime_ns == written
+
+
+def test_compile_takes_over_rank_files_that_were_copied(checkpoint, tmp_path):
+    """The checkpoint was sharded elsewhere; both came by plain copying, at other times."""
+    model_dir = checkpoint("v3", "FP8, float32 scales")
+    shard_checkpoint(model_dir, tmp_path / "elsewhere", 2, "bfloat16")
+    for source, target in ((model_dir, "model"), (tmp_path / "elsewhere", "compiled")):
+        shutil.copytree(source, tmp_path / target, copy_function=shutil.copyfile)
+    config = load_config(tmp_path / "model", tp_degree=2, torch_dtype=torch.bfloat16, save_sharded_checkpoint=True)
+    path = tmp_path / "compiled/weights/tp1_sharded_checkpoint.safetensors"
+    written = path.stat().st_mtime_ns
+    NeuronDeepseekV3ForCausalLM(str(tmp_path / "model"), config).shard_weights(str(tmp_path / "compiled"))
+    assert path.stat().st_mtime_ns == written
 
 
 def generate_from_rank_file(model_dir, out_dir, prompts):

@@ -18,14 +18,15 @@ import nxdi_deepseek
 import pytest
 import torch
 from safetensors import safe_open
-from support import nxdi, without_sdk
+from support import nxdi
 
 PYTHON = os.environ.get("VLLM_NEURON_PYTHON")
 if not PYTHON:
     pytest.skip("no vLLM: VLLM_NEURON_PYTHON does not name its interpreter", allow_module_level=True)
 nxdi.require_nxdi()
 
-from nxdi_deepseek.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 
 NEW_TOKENS = 12
@@ -63,11 +64,11 @@ def engine(model, **arguments):
 
 def environment(**variables):
     # Compiling Python to kernels has no use here and takes longer than the tests.
-    return without_sdk.environment() | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} | variables
+    return cpu_environment() | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} | variables
 
 
 def run_offline(tmp_path, engine, prompts, **variables):
-    script = pathlib.Path(without_sdk.__file__).with_name("vllm_generate.py")
+    script = pathlib.Path(nxdi.__file__).with_name("vllm_generate.py")
     output = tmp_path / "tokens.json"
     job = {"engine": engine, "prompts": prompts, "new_tokens": NEW_TOKENS, "output": str(output)}
     result = subprocess.run(

@@ -2,7 +2,8 @@
 
 import json
 
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

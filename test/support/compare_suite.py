@@ -3,14 +3,15 @@
 import json
 
 import pytest
-from nxdi_deepseek.accuracy.evaluate import evaluate
-from nxdi_deepseek.accuracy.gates import DEFAULTS
-from nxdi_deepseek.accuracy.golden import make_golden
-from nxdi_deepseek.accuracy.greedy import Rule
-from nxdi_deepseek.accuracy.recording import Entry
+from nxdi_deepseek.accuracy.comparison import DEFAULTS
+from nxdi_deepseek.accuracy.golden_run import make_golden
+from nxdi_deepseek.accuracy.recording import Entry, Rule
+from nxdi_deepseek.accuracy.runner import evaluate
+from nxdi_deepseek.checkpoint.folder import Checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from nxdi_deepseek.modeling_deepseek import NeuronDeepseekV3ForCausalLM
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from support import planted_faults as faults
@@ -44,7 +45,9 @@ def make_case(folder, shift):
     write_checkpoint(model_dir, FIELDS, seed=4)
     edit_tensors(model_dir, "e_score_correction_bias", lambda bias: bias + shift)
     entries = [Entry(None, prompt) for prompt in PROMPTS]
-    golden = make_golden(model_dir, entries, [[]] * len(entries), Rule(NEW_TOKENS), folder / "golden", trace=True)
+    rule = Rule(NEW_TOKENS)
+    with Checkpoint(model_dir) as checkpoint:
+        golden = make_golden(checkpoint, entries, [[]] * len(entries), rule, folder / "golden", trace=True)
     return model_dir, golden
 
 

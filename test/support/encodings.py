@@ -3,7 +3,7 @@
 import json
 
 import torch
-from nxdi_deepseek.synthetic import write_checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from support.models import V3
@@ -13,7 +13,15 @@ FP8_CONFIG = V3 | {
     "torch_dtype": "bfloat16",
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]},
 }
-ENCODINGS = ("FP8, float32 scales", "FP8, E8M0 scales", "FP8, E8M0 bytes", "BF16", "FP32")
+ENCODINGS = (
+    "FP8, float32 scales",
+    "FP8, bfloat16 scales",
+    "FP8, E8M0 scales",
+    "FP8, E8M0 bytes",
+    "BF16",
+    "FP16",
+    "FP32",
+)
 SCALE = "_scale_inv"
 
 
@@ -21,12 +29,12 @@ def write_encoded(model_dir, encoding, config=FP8_CONFIG):
     """Writes `config`'s checkpoint in one of ENCODINGS."""
     if encoding.startswith("FP8"):
         write_checkpoint(model_dir, config)
-        if "E8M0" in encoding:
-            edit(model_dir, lambda tensors: {name: _e8m0(name, t, encoding) for name, t in tensors.items()})
+        edit(model_dir, lambda tensors: {name: _with_scale(name, t, encoding) for name, t in tensors.items()})
         return model_dir
     write_checkpoint(model_dir, {key: value for key, value in config.items() if key != "quantization_config"})
-    if encoding == "BF16":
-        edit(model_dir, lambda tensors: {name: t.to(torch.bfloat16) for name, t in tensors.items()})
+    if encoding != "FP32":
+        dtype = {"BF16": torch.bfloat16, "FP16": torch.float16}[encoding]
+        edit(model_dir, lambda tensors: {name: t.to(dtype) for name, t in tensors.items()})
     return model_dir
 
 
@@ -61,8 +69,10 @@ def decoded(model_dir, dtype):
     return tensors
 
 
-def _e8m0(name, tensor, encoding):
-    if not name.endswith(SCALE):
+def _with_scale(name, tensor, encoding):
+    if not name.endswith(SCALE) or "float32" in encoding:
         return tensor
+    if "bfloat16" in encoding:
+        return tensor.to(torch.bfloat16)
     scale = tensor.log2().round().exp2().to(torch.float8_e8m0fnu)
     return scale.view(torch.uint8) if encoding.endswith("bytes") else scale

@@ -6,15 +6,21 @@ import os
 import resource
 import signal
 import time
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest.mock import patch
 
 from nxdi_deepseek.checkpoint import sharder
 
 # Starting from a process that has everything imported takes milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pytest", "nxdi_deepseek.checkpoint.sharder"])
+_CONTEXT.set_forkserver_preload(["pytest", "nxdi_deepseek.checkpoint.sharder", "support.warm_kernels"])
+_TEST_FOLDER = Path(__file__).parents[1]
 
 
 def start(function, *args):
+    with patch.dict(os.environ, PYTHONPATH=f"{_TEST_FOLDER}:{os.environ.get('PYTHONPATH', '')}"):
+        forkserver.ensure_running()
     process = _CONTEXT.Process(target=function, args=args)
     process.start()
     return process
@@ -51,7 +57,7 @@ def shard_with_file_limit(model_dir, out_dir, tp_degree, limit, connection):
 def shard_slowly(model_dir, out_dir, tp_degree, connection):
     """Says when it has begun, then takes its time."""
 
-    def progress(_):
+    def progress(*_):
         connection.send("begun")
         time.sleep(60)
 

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 from nxdi_deepseek import backend
+from nxdi_deepseek.accuracy.reference import hugging_face_model
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.commands.generate import right_pad
 from nxdi_deepseek.errors import ConfigError
 from nxdi_deepseek.modeling_deepseek import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig
-from nxdi_deepseek.reference import hugging_face_model
-from nxdi_deepseek.synthetic import write_checkpoint
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, set_seed
 from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 

@@ -7,13 +7,13 @@ import os
 
 import torch
 from nxdi_deepseek import backend
+from nxdi_deepseek.example_configs import DEMO_CONFIG, RELEASED_CONFIG
 from nxdi_deepseek.modeling_deepseek import (
     DeepseekV3InferenceConfig,
     DeepseekV3NeuronConfig,
     NeuronDeepseekV3ForCausalLM,
     load_pretrained_config,
 )
-from nxdi_deepseek.synthetic import DEMO_CONFIG, RELEASED_CONFIG
 
 YARN = DEMO_CONFIG["rope_scaling"]
 RELEASED = RELEASED_CONFIG

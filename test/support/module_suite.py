@@ -3,11 +3,11 @@
 import pytest
 import torch
 from nxdi_deepseek.accuracy.recording import Entry
+from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.accuracy.runner import Runner, decoder_modules, teacher_forced
-from nxdi_deepseek.accuracy.trace import interleave
-from nxdi_deepseek.reference import hugging_face_model, reference_logits
+from nxdi_deepseek.accuracy.tracing import interleave
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.rope_util import rotate_interleaved
-from nxdi_deepseek.synthetic import write_checkpoint
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
 from support.models import CONFIGS, load_model, random_prompts

@@ -1,4 +1,4 @@
-"""Finds NxD and NxDI and runs them in CPU mode, with or without the Neuron SDK."""
+"""NxD and NxDI in CPU mode, with or without the Neuron SDK, and groups of processes, for tests."""
 
 import importlib
 import importlib.metadata
@@ -9,28 +9,13 @@ import sys
 import tempfile
 
 import torch
-from nxdi_deepseek import neuron_stand_ins
-from nxdi_deepseek.nxdi_source import NxDINotFound, find_nxdi
-
-from . import logit_validation
-
-
-def make_importable():
-    """Set up CPU mode, so that NxD and NxDI can be imported; raises NxDINotFound."""
-    folders = find_nxdi()
-    os.environ["NXD_CPU_MODE"] = "1"
-    neuron_stand_ins.define(
-        "torch_neuronx.testing.validation",
-        logit_validation=logit_validation.logit_validation,
-        neuron_allclose=logit_validation.neuron_allclose,
-    )
-    neuron_stand_ins.install()
-    sys.path.extend(folder for folder in folders if folder not in sys.path)
+from nxdi_deepseek.without_sdk import cpu_mode
+from nxdi_deepseek.without_sdk.nxdi_source import NxDINotFound
 
 
 def load_nxdi():
     """Import NxDI in CPU mode. Returns the module; raises NxDINotFound."""
-    make_importable()
+    cpu_mode.set_up()
     importlib.import_module("neuronx_distributed")
     return importlib.import_module("neuronx_distributed_inference")
 
@@ -44,12 +29,14 @@ def nxdi_version():
 
 
 def require_nxdi():
-    """At the head of a test module: load NxDI, or skip the module."""
+    """At the head of a test module: load NxDI, or skip the module; with REQUIRE_NXDI=1 that is a failure."""
     import pytest
 
     try:
         return load_nxdi()
     except NxDINotFound as error:
+        if os.environ.get("REQUIRE_NXDI") == "1":
+            pytest.fail(f"REQUIRE_NXDI=1, and {error}", pytrace=False)
         pytest.skip(str(error), allow_module_level=True)
 
 

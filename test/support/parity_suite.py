@@ -3,9 +3,10 @@
 import pytest
 import torch
 from nxdi_deepseek import backend
+from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from nxdi_deepseek.modeling_deepseek import DeepseekV3Attention, LatentKVCacheManager
-from nxdi_deepseek.reference import hugging_face_model, reference_logits
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
 from nxdi_deepseek.tiny_model import TINY_MODEL_DIR, load_goldens
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode

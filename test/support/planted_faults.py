@@ -32,9 +32,9 @@ def router_bias_in_bfloat16(monkeypatch, model):
 def masked_groups_as_zero(monkeypatch, model):
     select = modeling_deepseek.select_experts
 
-    def select_with_zero(scores, bias, top_k, n_group, topk_group):
+    def select_with_zero(scores, bias, top_k, n_group, topk_group, grouping):
         # With -inf, all experts of the chosen groups in their order; the ruled-out ones then get the score 0.
-        eligible = select(scores, bias, scores.shape[-1] // n_group * topk_group, n_group, topk_group)
+        eligible = select(scores, bias, scores.shape[-1] // n_group * topk_group, n_group, topk_group, grouping)
         choice = torch.zeros_like(scores).scatter(-1, eligible, (scores + bias).gather(-1, eligible))
         return choice.topk(top_k, dim=-1).indices
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import ConfigError
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from safetensors.torch import load_file, save_file
 from support.models import V3, Session, load_model, make_config, random_prompts
 
@@ -109,8 +110,8 @@ DAMAGES = {
     "missing expert": (drop(EXPERT), f"{EXPERT}: missing"),
     "extra tensor": (add_extra, "model.layers.1.mlp.extra: not a tensor of this model"),
     "misshapen tensor": (replace(NORM, lambda t: t[:-1].clone()), f"{NORM}: shape [191], expected [192]"),
-    "no scale": (drop(EXPERT + "_scale_inv"), f"{EXPERT}: FP8 weight without {EXPERT}_scale_inv"),
-    "orphan scale": (orphan_scale, "a scale without its weight model.layers.1.mlp.other_proj.weight"),
+    "no scale": (drop(EXPERT + "_scale_inv"), f"{EXPERT}: FP8 weight without its block scales (_scale_inv)"),
+    "orphan scale": (orphan_scale, "model.layers.1.mlp.other_proj.weight_scale_inv: a scale without its weight"),
     "NaN in FP8": (replace(EXPERT, with_nan_code), f"{EXPERT}: holds NaN"),
     "NaN in BF16": (replace(NORM, lambda t: t.fill_(float("nan"))), f"{NORM}: holds NaN"),
     "missing shard": (remove_shard, "named by model.safetensors.index.json but missing"),

@@ -1,6 +1,5 @@
 """Damaged checkpoints: every kind is told before anything is written, all of them at once, with file and tensor."""
 
-import json
 import os
 import struct
 
@@ -8,16 +7,30 @@ import pytest
 import torch
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.checkpoint.summary import inspect_checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_sparse_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError
-from nxdi_deepseek.synthetic import write_sparse_checkpoint
 from safetensors.torch import load_file, save_file
+from support.damage import (
+    EXPERT,
+    INDEX,
+    NORM,
+    drop,
+    in_two_shards,
+    misplaced_in_index,
+    nan_scale,
+    overlapping,
+    repeated,
+    replace,
+    shard_of,
+    with_bytes,
+    with_config,
+    with_entry,
+    with_header,
+    with_index,
+)
 from support.encodings import SCALE, edit, write_encoded
 from support.models import RELEASED
-
-EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
-NORM = "model.norm.weight"
-INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture
@@ -25,83 +38,6 @@ def model_dir(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     return write_encoded(folder, "FP8, float32 scales")
-
-
-def shard_of(model_dir, name):
-    return model_dir / json.loads((model_dir / INDEX).read_text())["weight_map"][name]
-
-
-def drop(name):
-    return lambda d: edit(d, lambda tensors: {n: t for n, t in tensors.items() if n != name})
-
-
-def replace(name, change):
-    return lambda d: edit(d, lambda tensors: {n: change(t) if n == name else t for n, t in tensors.items()})
-
-
-def with_config(**fields):
-    def damage(model_dir):
-        path = model_dir / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-    return damage
-
-
-def with_index(change):
-    def damage(model_dir):
-        index = json.loads((model_dir / INDEX).read_text())
-        change(index)
-        (model_dir / INDEX).write_text(json.dumps(index))
-
-    return damage
-
-
-def with_header(name, change):
-    """Rewrites the header of the shard of `name`; change(header) -> header or JSON text."""
-
-    def damage(model_dir):
-        path = shard_of(model_dir, name)
-        content = path.read_bytes()
-        (length,) = struct.unpack("<Q", content[:8])
-        header = change(json.loads(content[8 : 8 + length]))
-        header = (header if isinstance(header, str) else json.dumps(header)).encode()
-        path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
-
-    return damage
-
-
-def with_entry(name, **fields):
-    return with_header(name, lambda header: header | {name: header[name] | fields})
-
-
-def with_bytes(name, change):
-    return lambda d: shard_of(d, name).write_bytes(change(shard_of(d, name).read_bytes()))
-
-
-def overlapping(header):
-    begin, end = header[EXPERT]["data_offsets"]
-    return header | {EXPERT: header[EXPERT] | {"data_offsets": [begin - 32, end - 32]}}
-
-
-def repeated(header):
-    text = json.dumps(header)
-    return text[:-1] + f', "{EXPERT}": {json.dumps(header[EXPERT])}}}'
-
-
-def in_two_shards(model_dir):
-    tensor = load_file(shard_of(model_dir, EXPERT))[EXPERT]
-    other = next(p.stem for p in sorted(model_dir.glob("*.safetensors")) if p != shard_of(model_dir, EXPERT))
-    edit(model_dir, lambda tensors: tensors | {EXPERT: tensor}, other)
-
-
-def misplaced_in_index(index):
-    files = sorted(set(index["weight_map"].values()))
-    index["weight_map"][EXPERT] = files[files.index(index["weight_map"][EXPERT]) - 1]
-
-
-def nan_scale(scale):
-    scale[0, 0] = float("nan")
-    return scale
 
 
 BLOCKS = {"quant_method": "fp8"}
@@ -126,7 +62,7 @@ DAMAGES = {
         replace(EXPERT + SCALE, lambda t: torch.full(t.shape, 255, dtype=torch.uint8)),
         f"{EXPERT}{SCALE}: holds NaN",
     ),
-    "scale without weight": (drop(EXPERT), f"a scale without its weight {EXPERT}"),
+    "scale without weight": (drop(EXPERT), f"{EXPERT}{SCALE}: a scale without its weight"),
     "unknown tensor": (
         lambda d: edit(d, lambda t: t | {"model.layers.1.mlp.what.weight": torch.zeros(2)}, "*1-of*"),
         "model.layers.1.mlp.what.weight: not a tensor of this model",
@@ -153,10 +89,10 @@ DAMAGES = {
     "missing shard": (lambda d: shard_of(d, EXPERT).unlink(), "missing; download it"),
     "block size of other scales": (
         with_config(quantization_config=BLOCKS | {"weight_block_size": [64, 64]}),
-        f"{EXPERT}{SCALE}: shape [3, 3], expected [2, 2]",
+        "config.json: weight_block_size is [64, 64], the scales are of blocks of [32, 32]",
     ),
-    "other config": (with_config(n_routed_experts=8), "experts.8.down_proj.weight: not a tensor of this model"),
-    "index names another shard": (with_index(misplaced_in_index), f"lacks {EXPERT}"),
+    "other config": (with_config(n_routed_experts=8), "not a tensor of this model; do config.json and"),
+    "index names another shard": (with_index(misplaced_in_index), f"{EXPERT}: missing, though {INDEX} places it there"),
     "tensor not in the index": (with_index(lambda index: index["weight_map"].pop(EXPERT)), f"{EXPERT}: not in {INDEX}"),
     "wrong total_size": (
         with_index(lambda index: index["metadata"].update(total_size=12345)),
@@ -242,4 +178,4 @@ def test_inspect_counts_the_released_model(tmp_path):
     assert (summary.dense_layers, summary.moe_layers, summary.mtp_layers) == (3, 58, 1)
     assert summary.quantization == "FP8 (e4m3) in blocks of 128x128, float32 scales"
     assert not summary.problems
-    assert not summary.extra
+    assert not summary.ignored

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from nxdi_deepseek import reference
+from nxdi_deepseek.accuracy import reference
+from nxdi_deepseek.accuracy.reference import hugging_face_model
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.commands import demo
-from nxdi_deepseek.reference import hugging_face_model
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

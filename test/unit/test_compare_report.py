@@ -6,16 +6,15 @@ import json
 
 import pytest
 import torch
-from nxdi_deepseek.accuracy.bisect import compare_traces, flip_margin
-from nxdi_deepseek.accuracy.compare import compare
-from nxdi_deepseek.accuracy.gates import DEFAULTS, failed_gates, read_gates
-from nxdi_deepseek.accuracy.metrics import pearson, row_errors, token_metrics
-from nxdi_deepseek.accuracy.nxdi_rule import judge
+from nxdi_deepseek.accuracy.comparison import DEFAULTS, compare, failed_gates, read_gates
+from nxdi_deepseek.accuracy.metrics import judge, pearson, row_errors, tie_margin, token_metrics
 from nxdi_deepseek.accuracy.recording import Entry, Recording, load_recording
 from nxdi_deepseek.accuracy.report import print_table, write_report
-from nxdi_deepseek.accuracy.rounding import tie_margin
+from nxdi_deepseek.accuracy.tracing import compare_traces, flip_margin
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import ConfigError
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from safetensors.torch import save_file
 
 VOCAB, TOKENS = 64, 10
@@ -105,6 +104,54 @@ def test_a_run_with_other_tokens_counts_up_to_the_first(golden):
     assert comparison.prompts[0].free_run.length == 4
 
 
+def shortened(golden, tokens, own_tokens=None):
+    """A run that says what golden says, but ends after `tokens`."""
+    run = recording(golden.logits[0][:tokens].clone(), own_tokens, tokens=golden.entries[0].tokens[:tokens])
+    assert compare(golden, run, {}).metrics["max_difference"] == 0
+    return run
+
+
+def test_a_shorter_run_fails(golden):
+    comparison = compare(golden, shortened(golden, 4), DEFAULTS["float32"])
+    assert comparison.failures == {"length": f"prompt 0: the run has 4 tokens and golden {TOKENS}"}
+    assert not compare(golden, shortened(golden, TOKENS - 1), {}).passed
+
+
+def test_a_longer_run_fails(golden):
+    comparison = compare(shortened(golden, 4), golden, {})
+    assert comparison.failures == {"length": f"prompt 0: the run has {TOKENS} tokens and golden 4"}
+
+
+def test_a_free_run_that_stops_early_fails(golden):
+    tokens = golden.entries[0].tokens
+    comparison = compare(golden, shortened(golden, TOKENS, own_tokens=tokens[:3]), {})
+    assert comparison.failures == {"length": f"prompt 0: the free run ends after 3 tokens and golden after {TOKENS}"}
+    # One that left golden before is not to be as long as it.
+    elsewhere = [*tokens[:2], (tokens[2] + 1) % VOCAB]
+    assert compare(golden, shortened(golden, TOKENS, own_tokens=elsewhere), {}).passed
+
+
+def test_fewer_prompts_are_refused(golden):
+    run = run_of(golden, 0)
+    for recorded in (golden, run):
+        recorded.entries *= 2
+        recorded.logits *= 2
+    assert compare(golden, run, {}).passed
+    run.entries.pop(), run.logits.pop()
+    with pytest.raises(ConfigError, match="the golden outputs have 2 prompts and the run 1"):
+        compare(golden, run, {})
+
+
+def test_a_shorter_recording_fails_through_the_command(golden, tmp_path, capsys):
+    golden.save(tmp_path / "golden")
+    shortened(golden, 6).save(tmp_path / "run")
+    assert main(["compare", str(tmp_path / "golden"), str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 1
+    line = f"prompt 0: the run has 6 tokens and golden {TOKENS}"
+    assert f"FAILED length: {line}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["failures"] == {"length": line}
+    assert line in Page((tmp_path / "report" / "report.html").read_text()).text
+
+
 def test_nxdi_forgives_a_shift_but_not_a_stretch_of_one_logit():
     golden = torch.randn(200, generator=torch.Generator().manual_seed(0)) * 5
     assert judge(golden, golden + 3).passed
@@ -153,12 +200,25 @@ def test_what_follows_a_tie_is_not_blamed(tmp_path):
         ('{"top1": 1}', "top1 is no gate; the gates are top1_exact"),
         ('{"kl_max": "low"}', "kl_max: 'low' must be a number"),
         ("[]", "holds no JSON object"),
+        ("{}", "holds no gate; the gates are top1_exact"),
+        ('{"kl_max": NaN}', "kl_max: nan must be a number"),
+        ('{"kl_max": Infinity}', "kl_max: inf must be a number"),
+        ('{"kl_max": true}', "kl_max: True must be a number"),
+        ("[" * 100_000, "cannot be read as JSON"),
     ],
 )
 def test_bad_gates_are_one_line(tmp_path, text, message):
     (tmp_path / "gates.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_gates(tmp_path / "gates.json")
+
+
+def test_a_gate_that_a_recorded_run_cannot_be_held_to_is_refused(golden, tmp_path, capsys):
+    golden.save(tmp_path / "golden")
+    (tmp_path / "gates.json").write_text('{"decode_prefill_top1": 1.0}')
+    folder = str(tmp_path / "golden")
+    assert main(["compare", folder, folder, "--gates", str(tmp_path / "gates.json")]) == 2
+    assert "decode_prefill_top1 cannot be measured on a recorded run" in capsys.readouterr().err
 
 
 def test_nan_fails_gates_of_either_direction():
@@ -191,11 +251,83 @@ def test_recordings_of_other_models_or_prompts_are_refused(golden):
         compare(golden, other, {})
 
 
-def test_a_damaged_recording_is_one_line(golden, tmp_path):
+def test_damaged_logits_are_one_line(golden, tmp_path):
     golden.save(tmp_path)
-    (tmp_path / "logits.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(ConfigError, match="not a readable recording"):
+    for content in (b"", b"\0" * 20, b"{}"):
+        (tmp_path / "logits.safetensors").write_bytes(content)
+        with pytest.raises(ConfigError, match="logits.safetensors: cannot be read .*; record it again"):
+            load_recording(tmp_path)
+    save_file({"0": torch.zeros(TOKENS, 3)}, tmp_path / "logits.safetensors")
+    with pytest.raises(ConfigError, match=r"float32 \[10, 3\] is not float32 \[10, 64\]"):
         load_recording(tmp_path)
+    (tmp_path / "logits.safetensors").unlink()
+    with pytest.raises(ConfigError, match="logits.safetensors: missing"):
+        load_recording(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"dtype": "float8"},
+        {"dimensions": {}},
+        {"dimensions": SIZES | {"vocab_size": "64"}},
+        {"entries": []},
+        {"entries": [{"text": None, "prompt": [1], "tokens": []}]},
+        {"entries": [{"text": None, "prompt": [1, -1], "tokens": [2]}]},
+        {"entries": [{"text": None, "prompt": [1], "tokens": ["2"]}]},
+        {"entries": [{"prompt": [1]}]},
+        {"entries": None},
+        {"unknown": 1},
+    ],
+)
+def test_a_damaged_recording_is_one_line(golden, tmp_path, change):
+    golden.save(tmp_path)
+    path = tmp_path / "recording.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ConfigError, match="recording.json: .*; record it again") as error:
+        load_recording(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_trace_is_one_line(golden, tmp_path):
+    golden.save(tmp_path)
+    (tmp_path / "trace").mkdir()
+    with pytest.raises(ConfigError, match="embed_tokens.safetensors: missing; record it again"):
+        compare_traces(golden, golden.trace, "float32")
+    (tmp_path / "trace" / "embed_tokens.safetensors").write_bytes(b"{}")
+    with pytest.raises(ConfigError, match="embed_tokens.safetensors: cannot be read"):
+        compare_traces(golden, golden.trace, "float32")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '{"neuron_config": 5}'])
+def test_a_damaged_compiled_folder_is_one_line(golden, tmp_path, capsys, content):
+    golden.save(tmp_path / "golden")
+    (tmp_path / "neuron_config.json").write_text(content)
+    assert main(["compare", str(tmp_path / "golden"), str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "neuron_config.json: cannot be read" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{golden}", "{tmp}/nowhere"], "nowhere/config.json: no such file"),
+        (["{tmp}/nowhere", "{golden}"], "nowhere/recording.json: no such file; give a folder that golden"),
+        (["{golden}", "{model}"], "vocab_size is 64 in the golden outputs and 258 in the run: another model"),
+        (["{golden}", "{golden}", "--gates", "{tmp}/nowhere"], "nowhere: cannot be read as JSON"),
+        (["{golden}", "{golden}", "--out", "{golden}/recording.json"], "recording.json: cannot be created"),
+    ],
+)
+def test_bad_arguments_are_one_line(golden, tmp_path, capsys, arguments, message):
+    golden.save(tmp_path / "golden")
+    write_checkpoint(tmp_path / "model", DEMO_CONFIG | {"vocab_size": 258})
+    places = {"golden": tmp_path / "golden", "model": tmp_path / "model", "tmp": tmp_path}
+    assert main(["compare", *(argument.format(**places) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 class Page(html.parser.HTMLParser):

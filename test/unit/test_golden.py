@@ -6,11 +6,16 @@ import signal
 
 import pytest
 import torch
-from nxdi_deepseek.accuracy.greedy import Rule, Sequence
-from nxdi_deepseek.accuracy.recording import load_recording
+from nxdi_deepseek.accuracy.golden_run import make_golden, space_needed
+from nxdi_deepseek.accuracy.oracle import LayerOracle
+from nxdi_deepseek.accuracy.recording import Entry, Rule, load_recording
+from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
+from nxdi_deepseek.accuracy.run_state import RunState, Sequence
+from nxdi_deepseek.checkpoint.folder import Checkpoint
+from nxdi_deepseek.checkpoint.synthetic import fill_rows, write_checkpoint, write_sparse_checkpoint
 from nxdi_deepseek.cli import main
-from nxdi_deepseek.reference import hugging_face_model, reference_logits
-from nxdi_deepseek.synthetic import DEMO_CONFIG, fill_rows, write_checkpoint, write_sparse_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
+from nxdi_deepseek.routing import select_experts
 from nxdi_deepseek.tiny_model import TINY_MODEL_DIR
 from support.memory import peak_memory_growth
 from support.models import CONFIGS, random_prompts
@@ -28,9 +33,13 @@ def ids(tokens):
     return ",".join(map(str, tokens))
 
 
-def golden(model_dir, out, *arguments, prompts=((5, 17, 42, 9), (7, 8))):
+def command_for(model_dir, out, *arguments, prompts=((5, 17, 42, 9), (7, 8))):
     prompt_arguments = [word for prompt in prompts for word in ("--prompt-ids", ids(prompt))]
-    return main(["golden", str(model_dir), *prompt_arguments, "--out", str(out), *arguments])
+    return ["golden", str(model_dir), *prompt_arguments, "--out", str(out), *arguments]
+
+
+def golden(*arguments, **prompts):
+    return main(command_for(*arguments, **prompts))
 
 
 @pytest.fixture(scope="module")
@@ -94,25 +103,19 @@ def run_until_killed(command, writes):
 
 def test_killed_and_resumed_gives_the_same_bytes(model_dir, made, tmp_path):
     """Killed again and again until it is done, in passes, in the trace and while it writes the results."""
-    out = tmp_path / "out"
-    command = ["golden", str(model_dir), "--prompt-ids", "5,17,42,9", "--prompt-ids", "7,8", "--out", str(out)]
-    command += ["--max-new-tokens", str(NEW_TOKENS), "--trace"]
-    times = 0
+    command = command_for(model_dir, tmp_path / "out", "--max-new-tokens", str(NEW_TOKENS), "--trace")
+    assert run_until_killed(command, writes=7)
     while run_until_killed(command, writes=7):  # the last steps need 6
-        times += 1
-        assert not (out / "recording.json").exists()
-        assert times < 100
-    assert times > 5
-    assert files(out) == files(made)
+        assert not (tmp_path / "out" / "recording.json").exists()
+    assert files(tmp_path / "out") == files(made)
 
 
 def test_killed_after_the_last_write(model_dir, made, tmp_path):
+    arguments = ("--max-new-tokens", str(NEW_TOKENS), "--trace")
     shutil.copytree(made, tmp_path / "out")
-    command = ["golden", str(model_dir), "--prompt-ids", "5,17,42,9", "--prompt-ids", "7,8", "--max-new-tokens", "6"]
-    state = tmp_path / "other"
-    assert run_until_killed([*command, "--trace", "--out", str(state)], writes=3)
-    shutil.copytree(state / "unfinished", tmp_path / "out" / "unfinished")
-    assert main([*command, "--trace", "--out", str(tmp_path / "out")]) == 0
+    assert run_until_killed(command_for(model_dir, tmp_path / "other", *arguments), writes=3)
+    shutil.copytree(tmp_path / "other" / "unfinished", tmp_path / "out" / "unfinished")
+    assert golden(model_dir, tmp_path / "out", *arguments) == 0
     assert files(tmp_path / "out") == files(made)
 
 
@@ -197,25 +200,120 @@ def test_expected_outputs_load_safely_in_the_form_of_generate(model_dir, made):
 
 def test_negative_biases_choose_as_the_release_does(tmp_path, monkeypatch):
     """transformers 4 rules experts out with 0, which beats a negative score; the oracle must not follow it."""
-    from nxdi_deepseek.accuracy.oracle import LayerOracle
-    from nxdi_deepseek.routing import select_experts
-
     write_checkpoint(tmp_path, CONFIGS["v3"])
-    oracle = LayerOracle(tmp_path)
     generator = torch.Generator().manual_seed(0)
-    get = oracle.weights.get
     bias = -1 - torch.rand(16, generator=generator)
-    monkeypatch.setattr(oracle.weights, "get", lambda name: bias if name.endswith("bias") else get(name))
     tokens = torch.randn(40, 96, generator=generator)
-    index, _, scores = oracle._route("model.layers.1.mlp.gate.", tokens)
+    with Checkpoint(tmp_path) as checkpoint:
+        oracle = LayerOracle(checkpoint)
+        get = oracle.weights.get
+        monkeypatch.setattr(oracle.weights, "get", lambda name: bias if name.endswith("bias") else get(name))
+        index, _, scores = oracle._route("model.layers.1.mlp.gate.", tokens)
     ours = select_experts(scores - bias, bias, 4, 4, 2)
     assert torch.equal(index.sort(-1).values, ours.sort(-1).values)
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_every_file_is_closed(model_dir, tmp_path):
+    """One descriptor per shard and one for the lock while it runs, in every layer of every pass; none afterwards."""
+    before, during = open_files(), []
+    prompts = [Entry(None, [5, 17, 42, 9]), Entry(None, [7, 8])]
+    with Checkpoint(model_dir) as checkpoint:
+        make_golden(
+            checkpoint, prompts, [[], []], Rule(3), tmp_path, trace=True, report=lambda _: during.append(open_files())
+        )
+        shards = len(checkpoint.reader.files)
+    assert len(during) > 4 * checkpoint.config.num_hidden_layers
+    assert max(during) <= before + shards + 1
+    assert open_files() == before
+
+
+def test_files_are_on_the_disk_before_the_json_that_names_them(model_dir, tmp_path, monkeypatch):
+    """A file appears under its name with synced content, and each JSON only when all other names are synced too."""
+    synced, unsynced_folders, named = set(), set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def spy_on_fsync(descriptor):
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced.add((status.st_ino, status.st_mtime_ns))
+        unsynced_folders.discard(status.st_ino)
+
+    def spy_on_replace(source, target):
+        status = os.stat(source)
+        assert (status.st_ino, status.st_mtime_ns) in synced, target
+        if str(target).endswith(".json"):
+            assert not unsynced_folders, target
+        replace(source, target)
+        unsynced_folders.add(os.stat(os.path.dirname(target)).st_ino)
+        named.append(os.path.basename(target))
+
+    monkeypatch.setattr(os, "fsync", spy_on_fsync)
+    monkeypatch.setattr(os, "replace", spy_on_replace)
+    assert golden(model_dir, tmp_path / "out", "--max-new-tokens", "2", "--trace") == 0
+    assert not unsynced_folders
+    assert named[-1] == "recording.json"
+    assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} <= set(named)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_estimate_of_space_is_what_is_written(name, tmp_path, monkeypatch):
+    """Seen when all is there, before the unfinished run is removed."""
+    write_checkpoint(tmp_path / "model", CONFIGS[name] | FP8 | {"eos_token_id": None})
+    monkeypatch.setattr(RunState, "remove", lambda state: None)
+    prompts = [Entry(None, prompt) for prompt in random_prompts((40, 25))]
+    with Checkpoint(tmp_path / "model") as checkpoint:
+        make_golden(checkpoint, prompts, [[], []], Rule(3), tmp_path / "out", trace=True)
+        needed = space_needed(LayerOracle(checkpoint), prompts, 3, trace=True)
+    written = sum(len(content) for content in files(tmp_path / "out").values())
+    assert 0.85 * needed < written < needed  # the rest is for files that are written beside the ones they replace
+
+
+def test_a_full_disk_is_told_before_the_first_byte(model_dir, made, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    command = ("--max-new-tokens", str(NEW_TOKENS), "--trace")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
+        assert golden(model_dir, tmp_path / "new" / "out", *command) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "golden outputs need" in message and "are free" in message
+        assert not (tmp_path / "new").exists()
+    assert run_until_killed(command_for(model_dir, tmp_path / "out", *command), writes=20)
+    there = sum(map(len, files(tmp_path / "out").values()))
+    with Checkpoint(model_dir) as checkpoint:
+        prompts = [Entry(None, [5, 17, 42, 9]), Entry(None, [7, 8])]
+        needed = space_needed(LayerOracle(checkpoint), prompts, NEW_TOKENS, trace=True)
+    # What is there already needs no room again.
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=needed - there))
+    assert golden(model_dir, tmp_path / "out", *command) == 0
+    assert files(tmp_path / "out") == files(made)
+
+
+@pytest.mark.parametrize(
+    "damaged", ["request.json", "progress.json", "hidden.safetensors", "cache/layers.0.safetensors"]
+)
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\0" * 40])
+def test_a_damaged_unfinished_run_is_one_line(model_dir, tmp_path, capsys, damaged, content):
+    command = command_for(model_dir, tmp_path / "out", "--max-new-tokens", "4")
+    assert run_until_killed(command, writes=14)  # in the second pass
+    (tmp_path / "out" / "unfinished" / damaged).write_bytes(content)
+    capsys.readouterr()
+    assert main(command) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert damaged in message or "unfinished run of another model" in message
+    assert "unfinished" in message and "delete" in message
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["--min-new-tokens", "-1"], "--min-new-tokens -1 must be at least 0"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--continuation", "1", "--continuation", "2", "--continuation", "3"], "3 --continuation for 2 prompts"),
         (["--continuation", "999"], "token id 999 is outside the vocabulary of 256"),
     ],
@@ -223,6 +321,15 @@ def test_negative_biases_choose_as_the_release_does(tmp_path, monkeypatch):
 def test_bad_arguments_are_one_line(model_dir, tmp_path, capsys, arguments, message):
     assert golden(model_dir, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_cannot_be_are_one_line(model_dir, tmp_path, capsys):
+    assert golden(tmp_path / "nowhere", tmp_path / "out") == 2
+    assert "nowhere/config.json: no such file" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert golden(model_dir, tmp_path / "file") == 2
+    assert "file: cannot be created" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -7,8 +7,10 @@ import json
 import pytest
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import GraphCostError
+from nxdi_deepseek.example_configs import RELEASED_CONFIG
 from nxdi_deepseek.graph_cost.count import Collective, bytes_read, count
 from nxdi_deepseek.graph_cost.hlo import Graph, Shape
+from nxdi_deepseek.graph_cost.lowerer import Lowerer
 from nxdi_deepseek.graph_cost.request import Request
 from nxdi_deepseek.graph_cost.table import format_comparison, format_costs
 from nxdi_deepseek.graph_cost.time_model import Machine, bound
@@ -208,6 +210,22 @@ def test_request_survives_its_journey():
     assert str(request) == "moe decode 4096 8"
 
 
+@pytest.mark.parametrize(
+    ("fields", "dense", "moe"),
+    [
+        ({}, 0, 3),
+        ({"first_k_dense_replace": 0}, None, 0),
+        ({"first_k_dense_replace": 3, "moe_layer_freq": 2}, 0, 4),
+        ({"first_k_dense_replace": 2, "num_hidden_layers": 2}, 0, None),
+    ],
+)
+def test_a_part_is_taken_from_the_first_layer_of_its_kind(fields, dense, moe):
+    requests = [
+        Request(part, "prefill", 8, 1, config=RELEASED_CONFIG | fields) for part in ("dense", "moe", "attention")
+    ]
+    assert [request.layer for request in requests] == [dense, moe, 0]
+
+
 @pytest.mark.parametrize("text", ["moe", "moe,decode,x,1", "experts,decode,1,1", "moe,train,1,1", "moe,decode,0,1"])
 def test_bad_graphs_are_named(text):
     with pytest.raises(GraphCostError, match=f"graph '{text}'"):
@@ -216,12 +234,58 @@ def test_bad_graphs_are_named(text):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--compare"], "--compare needs --impl"), (["--impl", "/nowhere"], "holds no modeling_deepseek.py")],
+    [
+        (["--compare"], "--compare needs --impl"),
+        (["--impl", "/nowhere"], "holds no modeling_deepseek.py"),
+        (["--model-dir", "/nowhere"], "/nowhere/config.json: no such file"),
+        (["--tp-degree", "3"], "tp_degree 3 does not divide num_attention_heads 128"),
+        (["--tp-degree", "0"], "tp_degree 0 must be at least 1"),
+        (["--tp-degree", "-64"], "tp_degree -64 must be at least 1"),
+    ],
 )
 def test_bad_arguments_are_one_line(capsys, arguments, message):
     assert main(["graph-cost", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "graph", "message"),
+    [
+        ({"num_attention_heads": "128"}, "model,decode,8,1", "num_attention_heads '128' must be a whole number"),
+        ({"model_type": "llama"}, "model,decode,8,1", "model_type 'llama' is not supported"),
+        ({"first_k_dense_replace": 0}, "dense,decode,8,1", "graph dense decode 8 1: the model has no dense layer"),
+    ],
+)
+def test_a_config_that_cannot_be_lowered_is_told_before_a_process_starts(tmp_path, capsys, fields, graph, message):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_CONFIG | fields))
+    assert main(["graph-cost", graph, "--model-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--neuron-config", "{"], "is not JSON"),
+        (["--neuron-config", "[]"], "is not a JSON object"),
+        (["--neuron-config", '{"tp_degree": 8}'], "holds tp_degree, which GRAPH and --tp-degree say"),
+        (["--hbm", "0"], "must be above 0"),
+        (["--link", "nan"], "must be above 0"),
+        (["--tp-degree", "many"], "invalid int value"),
+    ],
+)
+def test_bad_values_are_usage_errors(capsys, arguments, message):
+    with pytest.raises(SystemExit) as status:
+        main(["graph-cost", *arguments])
+    assert status.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_process_that_dies_at_its_start_is_one_line(monkeypatch):
+    monkeypatch.setattr("nxdi_deepseek.graph_cost.lowerer.sys.executable", "false")
+    with Lowerer() as lowerer, pytest.raises(GraphCostError, match="moe decode 8 1: the lowering process failed"):
+        lowerer.cost(Request("moe", "decode", 8, 1))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_xla") is not None, reason="torch_xla is installed")

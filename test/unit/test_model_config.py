@@ -3,8 +3,8 @@
 import pytest
 import torch
 from nxdi_deepseek.errors import ConfigError
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from nxdi_deepseek.model_config import load_model_config, read_model_config
-from nxdi_deepseek.synthetic import DEMO_CONFIG
 from transformers import DeepseekV3Config
 
 YARN = DEMO_CONFIG["rope_scaling"]
@@ -45,6 +45,10 @@ REFUSED = {
     "missing fields": ({"hidden_size": None, "kv_lora_rank": None}, "missing hidden_size, kv_lora_rank"),
     "another family": ({"model_type": "llama"}, "model_type 'llama'"),
     "a nested config": ({"model_type": "kimi_k25", "text_config": {}, "hidden_size": None}, "model_type 'kimi_k25'"),
+    "a nested config of a known type": (
+        {"text_config": {}, "hidden_size": None},
+        "missing hidden_size; its text_config is",
+    ),
     "dtype fp8": ({"torch_dtype": "fp8"}, "torch_dtype 'fp8'"),
     "zero block size": ({"quantization_config": {"weight_block_size": [0, 32]}}, "weight_block_size [0, 32]"),
     "negative block size": ({"quantization_config": {"weight_block_size": [32, -32]}}, "weight_block_size [32, -32]"),

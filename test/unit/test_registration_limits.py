@@ -68,3 +68,18 @@ def test_limits_of_compiled_artifacts(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="max_model_len 64 exceeds max_context_length 32 of .*neuron_config.json"):
         check_limits(vllm_config(overrides={"max_context_length": 64}))
     check_limits(vllm_config(max_model_len=32))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"neuron_config": 3}', "{"])
+def test_artifacts_that_cannot_be_read_are_one_line(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("NEURON_COMPILED_ARTIFACTS", str(tmp_path))
+    (tmp_path / "neuron_config.json").write_text(text)
+    with pytest.raises(ConfigError, match="neuron_config.json: cannot be read .*compile again") as error:
+        check_limits(vllm_config())
+    assert "\n" not in str(error.value)
+
+
+def test_limits_that_say_nothing(monkeypatch):
+    """null is NxDI's default, and an empty variable is none; what is no number NxDI judges itself."""
+    monkeypatch.setenv("NEURON_COMPILED_ARTIFACTS", "")
+    check_limits(vllm_config(overrides={"seq_len": None, "max_context_length": "64", "batch_size": None}))

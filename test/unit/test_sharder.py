@@ -8,8 +8,8 @@ import pytest
 import torch
 from nxdi_deepseek.checkpoint import decoder, reader, sharder
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
-from nxdi_deepseek.checkpoint.unshard import unshard
-from nxdi_deepseek.checkpoint.verify import verify_shards
+from nxdi_deepseek.checkpoint.unsharder import unshard
+from nxdi_deepseek.checkpoint.verifier import verify_shards
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError, ConfigError
 from safetensors import safe_open
@@ -185,10 +185,11 @@ def test_threads_and_pieces_do_not_matter(checkpoint, rank_files, tmp_path, monk
 
 def test_progress_reaches_the_end(checkpoint, tmp_path):
     seen = []
-    summary = shard_checkpoint(checkpoint, tmp_path, 2, with_mtp=True, progress=seen.append)
-    assert [p.done for p in seen] == sorted(p.done for p in seen)
+    summary = shard_checkpoint(checkpoint, tmp_path, 2, with_mtp=True, progress=lambda *bytes_: seen.append(bytes_))
+    assert seen == sorted(seen)
     size = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
-    assert seen[-1].done == seen[-1].total == size == summary.bytes
+    assert seen[-1] == (size, size)
+    assert size == summary.bytes
     assert summary.files == 4
 
 

@@ -92,15 +92,6 @@ def test_mtp_layer_carries_its_own_embedding_and_head(dequantized):
     assert dequantized[f"{prefix}.eh_proj.weight"].shape == (CONFIG["hidden_size"], 2 * CONFIG["hidden_size"])
 
 
-def test_dimensions_exercise_partial_blocks_and_shard_by_eight():
-    assert CONFIG["qk_nope_head_dim"] != CONFIG["v_head_dim"]
-    assert CONFIG["hidden_size"] % 128 and CONFIG["intermediate_size"] % 128 and CONFIG["kv_lora_rank"] % 128
-    for field in ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "vocab_size"):
-        assert CONFIG[field] % 8 == 0, field
-    extension = CONFIG["max_position_embeddings"] / CONFIG["rope_scaling"]["original_max_position_embeddings"]
-    assert extension == CONFIG["rope_scaling"]["factor"]
-
-
 def test_checkpoint_stays_small():
     extras = ("golden.safetensors", "README.md", "metrics.json", "training_curve.csv", "heldout_excerpt.txt")
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir() if path.is_file()}

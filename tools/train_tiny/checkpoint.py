@@ -1,12 +1,11 @@
 """Names: the training model's stacked experts <-> the released checkpoint's, and reading a released folder."""
 
-import json
 import re
-from pathlib import Path
 
 import torch
-from nxdi_deepseek.checkpoint.fp8 import dequantize_blocks
-from safetensors import safe_open
+from nxdi_deepseek.checkpoint.convert import read_weight
+from nxdi_deepseek.checkpoint.folder import Checkpoint
+from nxdi_deepseek.checkpoint.fp8 import SCALE_SUFFIX
 
 STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate|up|down)_proj")
 SPLIT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -46,19 +45,14 @@ def to_training_names(released, mtp_layer):
 
 def read_dequantized(folder, dtype=torch.float32):
     """Every tensor of a released folder under its own name, FP8 blocks multiplied out; biases stay float32."""
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
-    block = config["quantization_config"]["weight_block_size"]
-    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    tensors = {}
-    for shard in sorted(set(weight_map.values())):
-        with safe_open(folder / shard, "pt") as file:
-            names = file.keys()
-            tensors.update({name: file.get_tensor(name) for name in names})
-    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scale_inv")}
-    for name, tensor in tensors.items():
-        if f"{name}_scale_inv" in scales:
-            tensors[name] = dequantize_blocks(tensor, scales[f"{name}_scale_inv"], tuple(block), dtype=dtype)
-        elif not name.endswith("e_score_correction_bias"):
-            tensors[name] = tensor.to(dtype)
-    return tensors
+    with Checkpoint(folder) as checkpoint:
+        return {
+            name: read_weight(
+                checkpoint.reader,
+                name,
+                checkpoint.config,
+                torch.float32 if name.endswith("e_score_correction_bias") else dtype,
+            )
+            for name in checkpoint.reader.names()
+            if not name.endswith(SCALE_SUFFIX)
+        }

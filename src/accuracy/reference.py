@@ -1,0 +1,133 @@
+"""The judge: Hugging Face's own classes for a checkpoint folder, their config, their weights, and the whole model."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..checkpoint.convert import dequantized_state_dict, read_weight
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.layout import model_layout
+from ..errors import ConfigError
+from ..memory import check_memory
+from ..model_config import ModelConfig
+
+_BIAS = "e_score_correction_bias"
+_CAUSAL_LM = "ForCausalLM"
+# Fields of ModelConfig that transformers' config does not get, or gets in a form of its own.
+_CONVERTED = {"model_type", "dtype", "quantization", "num_nextn_predict_layers", "rope_scaling", "eos_token_id"}
+
+
+def judge_class(config: ModelConfig, part: str = _CAUSAL_LM) -> type[nn.Module]:
+    """transformers' class that judges this member of the family, or a module of it: `Attention`, `MLP`, ..."""
+    judge = config.member.judge
+    modeling = sys.modules[getattr(transformers, judge).__module__]
+    return getattr(modeling, judge.removesuffix(_CAUSAL_LM) + part)
+
+
+def hugging_face_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """transformers' config for unquantized weights and eager attention.
+
+    It gets the fields that this package reads and no others: a stray `head_dim` or `num_key_value_heads` would make it
+    another model's. Raises ConfigError where transformers refuses a value.
+    """
+    config = checkpoint.config
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _CONVERTED}
+    stop_tokens = list(config.eos_token_id)
+    try:
+        return judge_class(config).config_class(
+            **values,
+            num_key_value_heads=config.num_attention_heads,
+            rope_scaling=_rope_scaling(checkpoint),
+            num_nextn_predict_layers=0,
+            eos_token_id=stop_tokens[0] if len(stop_tokens) == 1 else stop_tokens or None,
+            attn_implementation="eager",
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{checkpoint.folder / 'config.json'}: transformers refuses it ({reason})") from None
+
+
+def _rope_scaling(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What config.json says of YaRN under either of its names; transformers fills in the rest in its own way."""
+    scaling = checkpoint.config.rope_scaling
+    if scaling is None:
+        return None
+    stated = checkpoint.fields.get("rope_parameters") or checkpoint.fields["rope_scaling"]
+    return {"rope_type": "yarn"} | {k: v for k, v in asdict(scaling).items() if stated.get(k) is not None}
+
+
+class Weights:
+    """The tensors of a checkpoint by Hugging Face name, read on demand: memory holds what is asked for, no more.
+
+    They come dequantized to `dtype` (the router's correction bias to float32). They are read, not mapped: mapped pages
+    of 163 shards would count as this process's memory. Raises CheckpointError listing what does not fit config.json.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype):
+        self.reader, self.config, self.dtype = checkpoint.reader, checkpoint.config, dtype
+        checkpoint.check()
+
+    def get(self, name: str) -> Tensor:
+        """A whole tensor."""
+        return self.rows(name, 0, self.reader.shape(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a tensor."""
+        dtype = torch.float32 if name.endswith(_BIAS) else self.dtype
+        return read_weight(self.reader, name, self.config, dtype, (start, stop))
+
+    def load(self, build: Callable[[], nn.Module], prefix: str) -> nn.Module:
+        """A Hugging Face module with its weights: `prefix` and the module's own names make the checkpoint's."""
+        with torch.device("meta"):
+            module = build()
+        module.load_state_dict({name: self.get(prefix + name) for name in module.state_dict()}, assign=True)
+        return module.eval()
+
+
+def hugging_face_model(model_dir: str | Path) -> PreTrainedModel:
+    """Loads a checkpoint folder, FP8 or not, into transformers' class in float32 with eager attention.
+
+    Raises ConfigError when the machine's memory cannot hold it, or the class has weights that the checkpoint has not.
+    """
+    with Checkpoint(model_dir) as checkpoint:
+        _check_memory(checkpoint.config)
+        model, report = judge_class(checkpoint.config).from_pretrained(
+            None,
+            config=hugging_face_config(checkpoint),
+            state_dict=dequantized_state_dict(checkpoint),
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    _check_loaded(model, report)
+    return model.eval()
+
+
+def _check_loaded(model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """transformers fills what it misses with random numbers, and leaves out what it does not know."""
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    keys = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    odd = sorted(str(name) for key in keys for name in report[key] if sizes.get(name) != 0)
+    if odd:
+        raise ConfigError(
+            f"config.json: transformers' {type(model).__name__} is another model: {odd[0]} and {len(odd) - 1} more "
+            "weights are in one of the two only, or of another shape; is moe_layer_freq not 1?"
+        )
+
+
+def _check_memory(config: ModelConfig) -> None:
+    needed = sum(spec.numel for spec in model_layout(config)) * torch.float32.itemsize
+    remedy = "compare with saved outputs instead (inference_demo: --expected-outputs-path)"
+    check_memory(needed, "Hugging Face's model in float32", remedy)
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
+    """Logits float32 [S, vocab] after each token of one sequence, unpadded and uncached."""
+    return model(torch.tensor([token_ids]), use_cache=False).logits[0].to(torch.float32)
