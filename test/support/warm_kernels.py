@@ -1,7 +1,7 @@
 """For a fork server to import: its processes then have the compiled loops from the start."""
 
 import numpy as np
-from nxdi_deepseek.checkpoint import kernels
+from nxdi_deepseek.checkpoint import numba_kernels as kernels
 
 _codes = np.zeros((1, 1), np.uint8)
 for _dtype in (np.uint16, np.uint32):

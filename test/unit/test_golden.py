@@ -141,6 +141,7 @@ def test_memory_does_not_hold_a_layer(tmp_path):
     fill_rows(tmp_path, "model.embed_tokens.weight", 18, generator)
     for layer in range(1, 5):  # so that the tokens choose many experts
         fill_rows(tmp_path, f"model.layers.{layer}.mlp.gate.weight", 32, generator)
+    importlib.import_module("support.warm_kernels")  # else the compiler counts as the memory of the run
     grown = peak_memory_growth(golden, tmp_path, tmp_path / "out", "--max-new-tokens", "1", prompts=[tokens])
     assert load_recording(tmp_path / "out").entries[0].tokens
     assert 0 < grown < 120e6
