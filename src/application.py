@@ -17,6 +17,7 @@ from .dtypes import dtype_name
 from .errors import ConfigError
 from .modeling_deepseek import NeuronDeepseekV3Model
 from .requests import RequestChecks, take_rows
+from .third_party import told
 
 __all__ = ["NeuronDeepseekV3ForCausalLM"]
 
@@ -92,13 +93,14 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
     def to_cpu(self) -> None:
         """As NxDI's CPU mode, with buckets, which need a model that knows the length of each."""
-        if backend.NAME == "nxdi" and "WORLD_SIZE" not in os.environ:
+        if backend.NAME == "nxdi":
             self._check_processes()
-            if not torch.distributed.is_initialized():
+            if "WORLD_SIZE" not in os.environ and not torch.distributed.is_initialized():
                 # NxDI's own takes port 29500, which a second run on the machine finds in use.
                 store = torch.distributed.HashStore()
                 torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        super().to_cpu()
+        with told("the model cannot run on the CPU", NotImplementedError, ValueError, torch.distributed.DistError):
+            super().to_cpu()
         for model in {wrapper.model for wrapper in getattr(self, "models", ())}:
             model.register_forward_pre_hook(_follow_bucket)
 
@@ -107,7 +109,10 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
     def _check_processes(self) -> None:
         """NxD would quietly take the number of processes for the tensor-parallel degree."""
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        with told("WORLD_SIZE is not torchrun's"):
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
         tp_degree = self.neuron_config.tp_degree
         if processes != tp_degree:
             raise ConfigError(

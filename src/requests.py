@@ -53,9 +53,8 @@ class RequestChecks:
         rest = torch.ones(len(self.cached)).index_fill(0, request["seq_ids"].to(torch.int64), 0).nonzero().flatten()
         if not len(rest):
             return request
-        positions = request["position_ids"]
-        mask = request["attention_mask"]
-        if mask is None:
+        positions, mask = request["position_ids"], request["attention_mask"]
+        if mask is None:  # NxDI would infer one as long as the sequences left out
             mask = (torch.arange(int(positions.max())) < positions).to(torch.int64)
         last = self.neuron_config.max_length - 1
         request = request | {"attention_mask": mask}
@@ -101,7 +100,8 @@ class RequestChecks:
             raise ConfigError("forward: the positions of a prompt must be 0, 1, 2, ...; send prompts and steps apart")
         check_token_ids(input_ids[mask.bool()].tolist(), self.vocab_size)
         self.cached[seq_ids] = mask.to(torch.int64).sum(-1).cpu()
-        return {"position_ids": positions, "attention_mask": mask}
+        # NxDI's own position for padding; one below 0 would make it take the prompt for a decoding step.
+        return {"position_ids": torch.where(mask.bool(), positions, 1), "attention_mask": mask}
 
     def _check_step(
         self, input_ids: Tensor, seq_ids: Tensor, positions: Tensor, mask: Tensor | None

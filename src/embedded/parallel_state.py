@@ -7,11 +7,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..third_party import told
 
 
 def initialize_model_parallel(tp_degree: int, device: torch.device) -> None:
     """Joins the processes that torchrun started. Raises ConfigError unless there are `tp_degree` of them."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with told("WORLD_SIZE is not torchrun's"):
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized():
         processes = dist.get_world_size()
     if processes != tp_degree:
@@ -20,7 +22,8 @@ def initialize_model_parallel(tp_degree: int, device: torch.device) -> None:
             f"start with torchrun --nproc-per-node {tp_degree}"
         )
     if processes > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        with told("the processes cannot meet; start them with torchrun", ValueError, dist.DistError):
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def tensor_parallel_size() -> int:

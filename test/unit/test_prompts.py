@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import ConfigError
-from nxdi_deepseek.synthetic import DEMO_CONFIG, write_checkpoint
+from nxdi_deepseek.example_configs import DEMO_CONFIG
 from nxdi_deepseek.third_party import encode, load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -179,3 +180,14 @@ def test_demo_prompts_that_cannot_work(capsys, text, message):
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("world_size", ["two", "2"])
+def test_processes_that_torchrun_did_not_start(capsys, model_dir, monkeypatch, world_size):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    status, _, error = run(capsys, model_dir, "--prompt-ids", "5", "--tp-degree", "2")
+    assert status == 2
+    assert error.count("\n") == 1
+    assert "torchrun" in error
