@@ -10,15 +10,16 @@ from ..errors import ConfigError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_MOST = 1024
 _AHEAD = 4  # items under way or waiting, per thread: a reader that pauses does not stop the threads at once
 
 
 def thread_count(jobs: int | None) -> int:
-    """`jobs`, or the cores that this process may use. Raises ConfigError for less than one."""
+    """`jobs`, or the cores that this process may use. Raises ConfigError for a number that no machine has."""
     if jobs is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if jobs < 1:
-        raise ConfigError(f"jobs {jobs} must be at least 1; leave it out for one per core")
+    if not 1 <= jobs <= _MOST:
+        raise ConfigError(f"jobs {jobs} must be from 1 to {_MOST}; leave it out for one per core")
     return jobs
 
 
