@@ -65,7 +65,7 @@ def test_jobs_default_to_the_cores():
     assert thread_count(None) == len(os.sched_getaffinity(0))
     assert thread_count(3) == 3
     for jobs in (0, -1):
-        with pytest.raises(ConfigError, match=f"jobs {jobs} must be at least 1"):
+        with pytest.raises(ConfigError, match=f"jobs {jobs} must be from 1 to 1024"):
             thread_count(jobs)
 
 
@@ -83,7 +83,7 @@ def test_jobs_that_cannot_be_are_one_line(tmp_path, capsys, command, jobs):
     assert main([*(paths.get(word, word) for word in arguments), "--jobs", jobs]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"jobs {jobs} must be at least 1" in error
+    assert f"jobs {jobs} must be from 1 to 1024" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
