@@ -4,13 +4,14 @@ import socket
 import subprocess
 import sys
 
-from support import nxdi, without_sdk
+from support import nxdi
 
 nxdi.require_nxdi()
 
 from nxdi_deepseek.checkpoint.synthetic import write_checkpoint  # noqa: E402
 from nxdi_deepseek.cli import main  # noqa: E402
 from nxdi_deepseek.example_configs import DEMO_CONFIG  # noqa: E402
+from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 
 
 def test_demo_matches_hugging_face(capsys):
@@ -39,7 +40,7 @@ def test_two_runs_at_once(tmp_path):
     # A port that nobody can bind stands for one that another run has taken.
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        environment = without_sdk.environment() | {"MASTER_PORT": str(taken.getsockname()[1])}
+        environment = cpu_environment() | {"MASTER_PORT": str(taken.getsockname()[1])}
         runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         outputs = [run.communicate(timeout=300)[0].splitlines() for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
