@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from . import ngram
-from .folder import read_dequantized, to_training_names
+from .checkpoint import read_dequantized, to_training_names
 from .model import TinyDeepseekV3, load_config
 from .train import heldout_windows
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from nxdi_deepseek.checkpoint.fp8 import quantize_blocks
 from safetensors.torch import load_file, save_file
 
-from .folder import to_released_names
+from .checkpoint import to_released_names
 from .model import CONFIG_FILE
 
 BLOCK = (128, 128)

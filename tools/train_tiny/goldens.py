@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, __version__
 
-from .folder import read_dequantized
+from .checkpoint import read_dequantized
 from .reference import load_reference
 
 NEW_TOKENS = 64
