@@ -92,7 +92,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
             super().load(*args, **kwargs)
 
     def to_cpu(self) -> None:
-        """As NxDI's CPU mode, with buckets, which need a model that knows the length of each."""
+        """As NxDI's CPU mode, with buckets: before each call the model is told its bucket's length."""
         if backend.NAME == "nxdi":
             self._check_processes()
             if "WORLD_SIZE" not in os.environ and not torch.distributed.is_initialized():
@@ -108,7 +108,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         return backend.NAME == "nxdi" and not self.neuron_config.on_cpu
 
     def _check_processes(self) -> None:
-        """NxD would quietly take the number of processes for the tensor-parallel degree."""
+        """NxD would use the number of processes as tp_degree without a word."""
         with told("WORLD_SIZE is not torchrun's"):
             processes = int(os.environ.get("WORLD_SIZE", "1"))
         if torch.distributed.is_initialized():
@@ -168,7 +168,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         )
 
     def _checkpoint_dir(self) -> str:
-        """The checkpoint that the config was read from: a model can be built from its compiled folder alone."""
+        """The folder with the weights. model_path may be the compiled folder, which has none."""
         path = getattr(self.config, "_name_or_path", None)
         return path if path and os.path.isdir(path) else self.model_path
 

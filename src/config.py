@@ -13,10 +13,10 @@ from .neuron_values import check_values
 from .saved_config import CONFIG_FILE, check_saved_config, restore_enums
 from .third_party import told
 
-# NeuronConfig fields that this model does not implement: the only value that works, and what to do about it.
+# NeuronConfig fields that the model does not implement: the one value that it accepts, and the remedy.
 _UNSUPPORTED = {
     "padding_side": ("right", "pad prompts on the right"),
-    # These two ahead of the block layout that they bring along.
+    # Before is_block_kv_layout, which these two switch on: the message must name them.
     "is_prefix_caching": (False, "turn prefix caching off (vLLM: --no-enable-prefix-caching)"),
     "is_chunked_prefill": (False, "turn chunked prefill off; leave chunked_prefill_config unset"),
     "is_block_kv_layout": (False, "the latent cache is not paged; leave it off"),
@@ -41,17 +41,16 @@ _UNSUPPORTED = {
     "fused_qkv": (False, "leave it off; the down-projections are always fused"),
     "quantized": (False, "FP8 checkpoints are dequantized while loading"),
 }
-# What NxDI asks of a config and a config.json may leave out.
+# Attributes that NxDI reads and config.json may lack, with their defaults.
 _ASKED_BY_NXDI = {"hidden_act": "silu", "output_attentions": False, "output_hidden_states": False}
 
 
 class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
     """NxDI's MoENeuronConfig with the defaults that DeepSeek-V3 needs on trn2.
 
-    The blockwise expert matmul defaults to the dynamic-while kernel sharded over blocks: the plain kernel of NxD 2.29
-    raises NotImplementedError for prompts of 64 tokens and more. Its blocks have 128 rows, the fewest that NxD's
-    kernels take: each expert may leave one block almost empty, so with 256 experts shorter blocks compute fewer rows
-    for every prompt up to 8192 tokens. Pass `blockwise_matmul_config` to choose otherwise.
+    The plain blockwise kernel of NxD 2.29 raises NotImplementedError for prompts of 64 tokens and more, so the default
+    is the one sharded over blocks. Blocks have 128 rows, the fewest that it takes: each expert may leave one block
+    nearly empty. Pass `blockwise_matmul_config` to choose otherwise.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -66,7 +65,7 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
 
 
 def _from_saved(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What NxDI's constructors take, where its neuron_config.json holds something else."""
+    """Turns what NxDI saved in neuron_config.json back into constructor arguments."""
     kwargs = {name: restore_enums(value) for name, value in kwargs.items()}
     if "normalize_top_k_affinities" in kwargs:
         kwargs["disable_normalize_top_k_affinities"] = not kwargs.pop("normalize_top_k_affinities")
@@ -102,7 +101,7 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
         return super().from_json_string(json_string, **kwargs)
 
     def add_derived_config(self) -> None:
-        """Gives NxDI, which reads attributes, what it asks for: checked values, and those that a file may leave out."""
+        """Sets what NxDI reads as attributes: the checked values, and defaults for what the file lacks."""
         self.num_cores_per_group = 1
         model = self.model
         for field in fields(model):
@@ -138,7 +137,7 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
         neuron_config = self.neuron_config
         tp = neuron_config.tp_degree
         if neuron_config.ctx_batch_size != 1:
-            # NxD's MoE gathers the router's choices rank by rank, which is the order of the tokens for one prompt only.
+            # NxD's MoE joins the router's choices rank by rank; only with one prompt is that the order of the tokens.
             raise ConfigError("neuron_config: sequence_parallel_enabled needs ctx_batch_size 1")
         lengths = neuron_config.context_encoding_buckets if neuron_config.enable_bucketing else None
         for length in lengths or [neuron_config.max_context_length]:

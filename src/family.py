@@ -23,9 +23,9 @@ class Member:
     """A model_type of config.json, and what follows from it.
 
     architectures: the first is the released one. scoring: how logits become affinities, a key of routing.SCORING.
-    grouping: how a group of experts is rated, a key of routing.GROUP_RATING. topk_method: what config.json calls the
-    two. has_experts: whether a layer (config, index) has experts. correction_bias: whether the router has the tensor
-    that corrects the load. judge: the class of transformers whose logits are right.
+    grouping: how a group of experts is rated, a key of routing.GROUP_RATING. topk_method: config.json's name for
+    scoring and grouping together. has_experts: whether a layer (config, index) has experts. correction_bias: whether
+    the router has the tensor that corrects the load. judge: the class of transformers whose logits are right.
     """
 
     model_type: str

@@ -16,8 +16,8 @@ Both give the same numbers up to rounding. Softmax runs in float32 whatever the 
 import torch
 from torch import Tensor
 
-# Queries are taken in blocks of this many rows, so that the largest tensor of a long prompt is one block's scores and
-# the keys behind the diagonal block are left out. Very long prompts get longer blocks: a traced graph unrolls them all.
+# A prompt's queries are attended in blocks of this many, so that only one block's scores are in memory and later keys
+# are skipped. Long prompts get larger blocks, not more: a traced graph unrolls each.
 QUERY_BLOCK = 512
 MAX_QUERY_BLOCKS = 32
 
@@ -25,7 +25,7 @@ MAX_QUERY_BLOCKS = 32
 def expanded_attention(
     q_nope_BNSD: Tensor, q_pe_BNSP: Tensor, k_nope_BNSD: Tensor, k_pe_B1SP: Tensor, v_BNSV: Tensor, scale: float
 ) -> Tensor:
-    """Causal attention among the tokens of a prompt; padding on the right is seen by padding only.
+    """Causal attention among the tokens of a prompt. Padding is on the right, so no token attends to it.
 
     Returns [B, N, S, V].
     """
@@ -74,7 +74,7 @@ def absorbed_attention(
 
 
 def _shared_matmul(x_BNSd: Tensor, y_B1de: Tensor) -> Tensor:
-    """x @ y, [B, N, S, e]. As one product for all heads: broadcasting would copy y, a whole cache, for each of them."""
+    """x @ y, [B, N, S, e]: one product for all heads. A broadcast matmul would copy y, the whole cache, for each."""
     return (x_BNSd.flatten(1, 2) @ y_B1de.squeeze(1)).unflatten(1, x_BNSd.shape[1:3])
 
 

@@ -21,7 +21,7 @@ OTHER_FORM_IN_JSON = ("rope_theta", "rope_scaling", "quantization", "dtype", "eo
 _MISSING = object()
 _TINY, _LARGE = 1e-30, 1e30  # no field of the family comes near them, and float32 holds both
 
-# Fields that change the maths when they have another value than these, the ones that are implemented. null is absence.
+# Fields that change the maths, with the values that are implemented. null counts as absent.
 _IMPLEMENTED = {
     "hidden_act": ("silu",),
     "rope_interleave": (True,),
@@ -64,7 +64,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 @dataclass(frozen=True)
 class Quantization:
-    """`quantization_config` of config.json: how the weights are said to be stored; the tensors may say otherwise.
+    """What config.json says of the storage of weights (`quantization_config`); the tensors decide.
 
     method: `quant_method`. block_size: `weight_block_size`, rows and columns that share a scale, None where not given.
     format: `format` or `quant_algo`, what tools that know several formats call this one.

@@ -36,16 +36,16 @@ __all__ = [
     "NeuronDeepseekV3ForCausalLM",
 ]
 
-# The released modeling code builds the norms of the two latents without passing rms_norm_eps, so they use its default,
-# also where config.json says otherwise (Moonlight: 1e-5). Hugging Face does the same.
+# The released code does not pass rms_norm_eps to the two latent norms, so they keep 1e-6 whatever config.json says
+# (Moonlight: 1e-5). So does Hugging Face.
 LATENT_NORM_EPS = 1e-6
 
 KeyValue = tuple[Tensor, Tensor]
 
 
 class LatentKVCacheManager(backend.KVCacheManager):
-    """Cache of multi-head latent attention: one "head" of k_pe [B, 1, L, P] in the K slot and of the normalised latent
-    [B, 1, L, R] in the V slot, the same on every rank."""
+    """Cache of the latent: K slot k_pe [B, 1, L, P], V slot the normalised latent [B, 1, L, R]. One head, the same on
+    every rank."""
 
     def _init_kv_shape(self, config: DeepseekV3InferenceConfig, layer_to_cache_size_mapping: Any = None) -> None:
         neuron_config = config.neuron_config
@@ -56,7 +56,8 @@ class LatentKVCacheManager(backend.KVCacheManager):
 
 
 def _row_parallel(config: DeepseekV3InferenceConfig, input_size: int, bias: bool) -> nn.Module:
-    """The linear layer back to hidden_size, after which the ranks sum (with sequence parallelism: share) the output."""
+    """The linear layer back to hidden_size. The ranks' outputs are summed; with sequence parallelism each rank keeps
+    its own tokens."""
     neuron_config = config.neuron_config
     return backend.RowParallelLinear(
         input_size,
@@ -293,8 +294,8 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *args: Any, **kw: Any) -> Any:
         """As the base model's, with padding at position -1 in prompts.
 
-        NxDI puts padding at position 1 and reads the logits at the largest position: of a one-token prompt that is the
-        padding.
+        NxDI gives padding position 1 and reads the logits at the largest position. For a one-token prompt that would be
+        the padding, so it gets -1 here.
         """
         if self._is_context_encoding(input_ids):
             position_ids = torch.where(attention_mask.to(torch.bool), position_ids, -1)

@@ -37,7 +37,7 @@ def _interpolation_ramp(dim: int, theta: float, scaling: YarnScaling) -> Tensor:
 
     low = max(math.floor(pair_of(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_of(scaling.beta_slow)), dim - 1)
-    width = (high - low) or 0.001  # beta_fast == beta_slow may leave a ramp of no width
+    width = (high - low) or 0.001  # low == high, possible when beta_fast == beta_slow, would divide by zero
     return ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
 
 

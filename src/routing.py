@@ -22,10 +22,11 @@ def select_experts(
 ) -> Tensor:
     """Indices int64 [T, K] of the experts that each token uses, best first.
 
-    scores_TE: float32 affinities. bias_E: float32 load-balancing correction; it takes part in the choice only.
+    scores_TE: float32 affinities. bias_E: float32 load-balancing correction; it changes which experts are chosen, not
+    their weights.
     The experts form `n_group` groups of neighbours; a group is rated by its biased scores as `grouping` says, and only
-    the best `topk_group` groups may give experts. Experts of other groups are ruled out with -inf, so that a negative
-    biased score in a chosen group still wins over them.
+    the best `topk_group` groups may give experts. Experts of other groups get -inf, not 0: an expert of a chosen group
+    must win even with a negative score.
     """
     choice_TE = scores_TE + bias_E
     if n_group > 1:

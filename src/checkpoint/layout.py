@@ -211,7 +211,7 @@ def checkpoint_layout(config: ModelConfig, stored: Container[str]) -> list[Tenso
 
 
 def rank_tensor_names(config: ModelConfig, layers: range | None = None) -> Iterator[str]:
-    """int32 tensors from which a rank of the compiled model learns its number: arange(tp_degree), a value per rank.
+    """int32 tensors that tell a compiled rank its number: arange(tp_degree), one value per rank.
     `layers`: those of the file, the model's if not given."""
     yield "rank_util.rank"
     for layer in range(config.num_hidden_layers) if layers is None else layers:

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from .layout import Grid, Source, TensorSpec
 
-# Elements in a unit of a tensor that can be cut by rows. Experts are taken whole: their matrices are transposed.
+# Most elements in a unit of a tensor that is cut by rows. Experts are not cut, since they are transposed.
 _UNIT_ELEMENTS = 1 << 23
 
 Range = tuple[int, int]
@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Region:
-    """The rows of a rank's part of an expert that a unit makes: contiguous in the rank's file."""
+    """The rows of a rank's tensor that one unit produces; contiguous in the rank's file."""
 
     start: int
     stop: int

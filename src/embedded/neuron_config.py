@@ -18,7 +18,7 @@ class MoENeuronConfig:
     that a compiled model would have; without bucketing there is one for prompts and one for decoding.
     """
 
-    # What the model asks for and this runtime lacks. Not fields: a saved config must load again.
+    # Read by the model, not supported here. Class attributes, so that they are not saved.
     on_device_sampling_config = None
     rpl_reduce_dtype = None
 
