@@ -12,6 +12,9 @@ from ..errors import ConfigError
 from .prompts import add_prompt_arguments, check_ids, load_tokenizer, parse_ids, read_generation_config, stop_tokens
 
 
+_MOST = 2**31 - 1
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint, FP8 or not")
     add_prompt_arguments(parser)
@@ -33,8 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     for option, least in (("max_new_tokens", 1), ("min_new_tokens", 0), ("batch_size", 1)):
-        if getattr(args, option) < least:
-            raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least {least}")
+        value, name = getattr(args, option), f"--{option.replace('_', '-')}"
+        if value < least:
+            raise ConfigError(f"{name} {value} must be at least {least}")
+        if value > _MOST:
+            raise ConfigError(f"{name} {value} must be at most {_MOST}")
     with Checkpoint(args.model_dir) as checkpoint:
         config = checkpoint.config
         prompts, drafts = _prompts(args)
