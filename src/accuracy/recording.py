@@ -238,7 +238,7 @@ def write_expected_outputs(recording: Recording, index: int, path: str | Path, b
     entry = recording.entries[index]
     rule = Rule(len(entry.tokens), tuple(recording.stop_tokens), recording.min_new_tokens)
     outputs = OrderedDict()
-    outputs.sequences = torch.tensor(entry.prompt + entry.tokens).repeat(batch_size, 1)
+    outputs.sequences = torch.tensor(entry.prompt + entry.tokens).expand(batch_size, -1)
     rows = recording.logits[index]
     outputs.scores = tuple(rule.scores(row, step).expand(batch_size, -1) for step, row in enumerate(rows))
     with replacing(Path(path)) as partial:

@@ -57,14 +57,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
-def _integer(text: str, smallest: int, largest: int | None = None) -> int:
+def _integer(text: str, smallest: int, largest: int = 2**31 - 1) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
     if value < smallest:
         raise argparse.ArgumentTypeError(f"{text} must be at least {smallest}")
-    if largest is not None and value > largest:
+    if value > largest:
         raise argparse.ArgumentTypeError(f"{text} must be at most {largest}")
     return value
 

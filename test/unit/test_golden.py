@@ -316,6 +316,8 @@ def test_a_damaged_unfinished_run_is_one_line(model_dir, tmp_path, capsys, damag
         (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
         (["--min-new-tokens", "-1"], "--min-new-tokens -1 must be at least 0"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--batch-size", str(10**20)], "must be at most 2147483647"),
+        (["--max-new-tokens", "2147483647"], "golden outputs need"),
         (["--continuation", "1", "--continuation", "2", "--continuation", "3"], "3 --continuation for 2 prompts"),
         (["--continuation", "999"], "token id 999 is outside the vocabulary of 256"),
     ],
