@@ -3,15 +3,18 @@
 import csv
 import html
 import io
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .comparison import Comparison
-from .plots import figures
-from .recording import make_folder, replacing, save_json
+from .recording import make_folder, replacing, save_json, stages
 
 _COLUMNS = ("prompt", "tokens", "top-1", "top-5", "mean |d|", "max |d|", "KL mean", "KL max", "NxDI", "free run")
 _LISTED_FLIPS = 20
@@ -157,3 +160,157 @@ def _text(value: str) -> str:
 def _write(path: Path, text: str) -> None:
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+# The figures, as SVG written by hand: nothing to install, nothing to load.
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 470, 290, 62, 42, 34, 14
+_COLOURS = ("#2563a8", "#c2571a", "#2e7d4f", "#8a3ffc", "#b42318", "#5f6b7a")
+_SCATTER_POINTS = 1500
+
+Point = tuple[float, float]
+
+
+def figures(comparison: Comparison) -> Iterator[str]:
+    """SVG elements: difference per position, golden against ours, and, with traces, error growth and router flips."""
+    yield _difference_per_position(comparison)
+    yield _scatter(comparison)
+    if comparison.findings:
+        yield _error_growth(comparison)
+        yield _router_flips(comparison)
+
+
+def _difference_per_position(comparison: Comparison) -> str:
+    longest = max(len(prompt.verdicts) for prompt in comparison.prompts)
+    names = [str(token) for token in range(longest)]
+    axes = _Axes("Largest logit difference per token", "token", "max |difference|", log_y=True, x_names=names)
+    for i, prompt in enumerate(comparison.prompts):
+        axes.line(f"prompt {i}", list(enumerate(prompt.tokens["max_difference"].tolist())))
+    return axes.svg()
+
+
+def _scatter(comparison: Comparison) -> str:
+    golden = torch.cat([prompt.golden.flatten() for prompt in comparison.prompts])
+    ours = torch.cat([prompt.ours.flatten() for prompt in comparison.prompts])
+    chosen = torch.randint(len(golden), (_SCATTER_POINTS,), generator=torch.Generator().manual_seed(0))
+    axes = _Axes(f"Logits ({_SCATTER_POINTS} of {len(golden)})", "golden", "run")
+    axes.dots(list(zip(golden[chosen].tolist(), ours[chosen].tolist(), strict=True)))
+    return axes.svg()
+
+
+def _error_growth(comparison: Comparison) -> str:
+    names = _stage_names(comparison)
+    axes = _Axes("Error growth over the layers", "layer", "worst relative error", log_y=True, x_names=names)
+    axes.line("output of the layer", [(i, error) for i, (_, error) in enumerate(comparison.findings.growth)])
+    return axes.svg()
+
+
+def _router_flips(comparison: Comparison) -> str:
+    counts = Counter(flip.stage for flip in comparison.findings.flips)
+    axes = _Axes("Tokens with other experts", "layer", "tokens", x_names=_stage_names(comparison))
+    axes.bars([(i, counts[stage]) for i, stage in enumerate(stages(comparison.golden.dimensions))])
+    return axes.svg()
+
+
+def _stage_names(comparison: Comparison) -> list[str]:
+    return [stage.removeprefix("layers.").partition("_")[0] for stage in stages(comparison.golden.dimensions)]
+
+
+class _Axes:
+    """One figure. Points are collected first, since they decide the scales."""
+
+    def __init__(
+        self, title: str, x_label: str, y_label: str, log_y: bool = False, x_names: Sequence[str] | None = None
+    ):
+        """x_names: names of x = 0, 1, 2, ..., where these are things and not numbers."""
+        self.title, self.x_label, self.y_label, self.log_y, self.x_names = title, x_label, y_label, log_y, x_names
+        self.series: list[tuple[str, str, list[Point]]] = []
+
+    def line(self, name: str, points: list[Point]) -> None:
+        self.series.append(("line", name, points))
+
+    def dots(self, points: list[Point]) -> None:
+        self.series.append(("dots", "", points))
+
+    def bars(self, points: list[Point]) -> None:
+        self.series.append(("bars", "", points))
+
+    def svg(self) -> str:
+        self._scale()
+        parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif" '
+            f'font-size="11" role="img" aria-label="{escape(self.title)}">',
+            _label(_LEFT, 18, self.title, size=13),
+            _label((_LEFT + _WIDTH) / 2, _HEIGHT - 8, self.x_label, "middle"),
+            f'<g transform="rotate(-90 14 {_HEIGHT / 2})">{_label(14, _HEIGHT / 2, self.y_label, "middle")}</g>',
+            *self._grid(),
+        ]
+        for number, (kind, name, points) in enumerate(self.series):
+            colour = _COLOURS[number % len(_COLOURS)]
+            parts += getattr(self, f"_draw_{kind}")([(self._x(x), self._y(y)) for x, y in points], colour)
+            if name and number < len(_COLOURS):
+                parts.append(_label(_WIDTH - _RIGHT, 18 + 12 * number, name, "end", colour))
+        return "".join(parts) + "</svg>"
+
+    def _scale(self) -> None:
+        points = [point for _, _, points in self.series for point in points]
+        self.x_range = _widen([x for x, _ in points])
+        values = [y for _, y in points if math.isfinite(y)]
+        if self.log_y:
+            positive = [y for y in values if y > 0] or [1e-12, 1.0]
+            self.floor = min(positive) / 2
+            values = [math.log10(max(y, self.floor)) for y in values]
+        elif any(kind == "bars" for kind, _, _ in self.series):
+            values.append(0)
+        self.y_range = _widen(values)
+
+    def _x(self, x: float) -> float:
+        low, high = self.x_range
+        return _LEFT + (x - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
+
+    def _y(self, y: float) -> float:
+        low, high = self.y_range
+        if self.log_y:
+            y = math.log10(max(y, self.floor)) if math.isfinite(y) else high
+        return _HEIGHT - _BOTTOM - (y - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP)
+
+    def _grid(self) -> Iterator[str]:
+        for i in range(5):
+            y = self.y_range[0] + i / 4 * (self.y_range[1] - self.y_range[0])
+            height = _HEIGHT - _BOTTOM - i / 4 * (_HEIGHT - _BOTTOM - _TOP)
+            yield f'<path d="M{_LEFT} {height:.1f}H{_WIDTH - _RIGHT}" stroke="#e4e7eb"/>'
+            yield _label(_LEFT - 6, height + 4, f"{10**y:.0e}" if self.log_y else f"{y:.3g}", "end")
+        for x, name in self._x_ticks():
+            yield _label(self._x(x), _HEIGHT - _BOTTOM + 15, name, "middle")
+
+    def _x_ticks(self) -> list[tuple[float, str]]:
+        if self.x_names is not None:
+            step = -(-len(self.x_names) // 8)
+            return list(enumerate(self.x_names))[::step]
+        low, high = self.x_range
+        return [(x, f"{x:.3g}") for x in (low + i / 4 * (high - low) for i in range(5))]
+
+    def _draw_line(self, points: list[Point], colour: str) -> list[str]:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        return [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'] + [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{colour}"/>' for x, y in points
+        ]
+
+    def _draw_dots(self, points: list[Point], colour: str) -> list[str]:
+        return [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.5" fill="{colour}" fill-opacity=".5"/>' for x, y in points]
+
+    def _draw_bars(self, points: list[Point], colour: str) -> list[str]:
+        width, base = 0.6 * (_WIDTH - _LEFT - _RIGHT) / max(len(points), 1), self._y(0)
+        return [
+            f'<rect x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{base - y:.1f}" fill="{colour}"/>'
+            for x, y in points
+        ]
+
+
+def _widen(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _label(x: float, y: float, text: str, anchor: str = "start", colour: str = "#1f2933", size: int = 11) -> str:
+    text = escape(text)
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">{text}</text>'

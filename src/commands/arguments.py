@@ -22,11 +22,6 @@ def positive_int(text: str) -> int:
     return _integer(text, 1)
 
 
-def batch_size(text: str) -> int:
-    """Of sequences that are copied one for one: a slip of the finger must not fill the memory."""
-    return _integer(text, 1, 4096)
-
-
 def non_negative_int(text: str) -> int:
     return _integer(text, 0)
 

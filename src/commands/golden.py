@@ -9,7 +9,7 @@ from ..accuracy.recording import Entry, Rule
 from ..checkpoint.folder import Checkpoint
 from ..dtypes import model_dtype
 from ..errors import ConfigError
-from .arguments import batch_size, non_negative_int, positive_int
+from .arguments import non_negative_int, positive_int
 from .prompts import add_prompt_arguments, check_ids, parse_ids, read_generation_config, read_prompts, stop_tokens
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--trace", action="store_true", help="also write what every module gives, for compare --bisect")
     parser.add_argument(
-        "--batch-size", type=batch_size, default=1, help="of the inference_demo run to check (default 1)"
+        "--batch-size", type=positive_int, default=1, help="of the inference_demo run to check (default 1)"
     )
     parser.add_argument("--out", required=True, help="folder to write; an unfinished run there goes on")
 

@@ -7,11 +7,10 @@ import signal
 
 import pytest
 import torch
-from nxdi_deepseek.accuracy.golden_run import make_golden, space_needed
+from nxdi_deepseek.accuracy.golden_run import RunState, Sequence, make_golden, space_needed
 from nxdi_deepseek.accuracy.oracle import LayerOracle
 from nxdi_deepseek.accuracy.recording import Entry, Rule, load_recording
 from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
-from nxdi_deepseek.accuracy.run_state import RunState, Sequence
 from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.synthetic import fill_rows, write_checkpoint, write_sparse_checkpoint
 from nxdi_deepseek.cli import main
