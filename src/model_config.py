@@ -313,13 +313,17 @@ def _rope(read: _Fields, max_positions: int) -> tuple[float, YarnScaling | None]
 
 
 def _yarn(rope: _Fields, max_positions: int) -> YarnScaling:
+    pair = ("mscale", "mscale_all_dim")
+    if len({rope.get(name, None) is None for name in pair}) == 2:
+        # The released code and transformers scale cos and sin differently then.
+        raise ConfigError(f"{CONFIG_JSON}: rope_scaling has one of {' and '.join(pair)}; give both, or neither")
     return YarnScaling(
         factor=rope.number("factor", least=1.0),
         original_max_position_embeddings=rope.integer("original_max_position_embeddings", max_positions),
         beta_fast=rope.number("beta_fast", YarnScaling.beta_fast),
         beta_slow=rope.number("beta_slow", YarnScaling.beta_slow),
-        mscale=rope.number("mscale", YarnScaling.mscale, least=0.0),
-        mscale_all_dim=rope.number("mscale_all_dim", YarnScaling.mscale_all_dim, least=0.0),
+        mscale=rope.number("mscale", YarnScaling.mscale),
+        mscale_all_dim=rope.number("mscale_all_dim", YarnScaling.mscale_all_dim),
     )
 
 

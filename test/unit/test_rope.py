@@ -45,9 +45,11 @@ def test_without_scaling_pair_i_turns_by_theta_to_the_minus_2i_over_dim():
     torch.testing.assert_close(inverse_frequencies(16, 10000.0), torch.tensor(expected))
 
 
-def test_mscale_without_mscale_all_dim_scales_cos_but_not_the_softmax():
-    scaling = YarnScaling(factor=40, original_max_position_embeddings=4096, mscale=0.707)
-    assert scaling.attention_factor == pytest.approx(0.0707 * math.log(40) + 1)
+def test_without_either_mscale_cos_is_scaled_but_not_the_softmax():
+    fields = {name: value for name, value in V3["rope_scaling"].items() if "mscale" not in name}
+    scaling = read_model_config(V3 | {"rope_scaling": fields}).rope_scaling
+    expected = HuggingFaceRotary(DeepseekV3Config(rope_scaling=fields | {"rope_type": "yarn"}))
+    assert scaling.attention_factor == pytest.approx(expected.attention_scaling)
     assert scaling.softmax_factor == 1.0
 
 
@@ -65,10 +67,10 @@ def test_no_scaling(rope_scaling):
 
 def test_rope_parameters_of_transformers_5_are_read():
     fields = {name: value for name, value in V3.items() if name not in ("rope_scaling", "rope_theta")}
-    parameters = SCALINGS["Kimi-K2"] | {"rope_type": "yarn", "rope_theta": 50000.0, "mscale": 1.0}
+    parameters = SCALINGS["Kimi-K2"] | {"rope_type": "yarn", "rope_theta": 50000.0}
     config = read_model_config(fields | {"rope_parameters": parameters})
     assert config.rope_theta == 50000.0
-    assert config.rope_scaling == YarnScaling(**SCALINGS["Kimi-K2"], mscale=1.0)
+    assert config.rope_scaling == YarnScaling(**SCALINGS["Kimi-K2"])
 
 
 @pytest.mark.parametrize("seed", [0, 1])
