@@ -1,5 +1,6 @@
 """The causal LM that NxDI compiles, loads and runs: weights, requests, cache slots, compiler options."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name
 from .errors import ConfigError
 from .modeling_deepseek import NeuronDeepseekV3Model
+from .requests import RequestChecks
 
 __all__ = ["NeuronDeepseekV3ForCausalLM"]
 
@@ -44,40 +46,27 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """
         return _state_dict(StateDictSource(state_dict), config)
 
-    def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
-        """As the base class's, for cache slots in any order. Raises ConfigError when batch or prompt are too large.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.requests = RequestChecks(self.neuron_config, self.config.vocab_size)
 
-        NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says. And
-        where it is to infer the mask, that of a prompt of one token comes out empty.
+    @functools.wraps(backend.NeuronBaseForCausalLM.forward, assigned=())  # transformers asks for its arguments
+    def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
+        """As the base class's, for cache slots in any order: each row of the output is of the sequence in its row.
+
+        NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says.
+        Raises ConfigError for a request that cannot be answered right.
         """
-        self._check_request(input_ids)
-        positions = inputs.get("position_ids")
-        if inputs.get("attention_mask") is None and positions is not None and not positions.any():
-            inputs["attention_mask"] = torch.ones_like(positions)
-        if seq_ids is None or (seq_ids.diff() > 0).all():
+        seq_ids = torch.arange(0 if input_ids is None else len(input_ids)) if seq_ids is None else seq_ids.flatten()
+        inputs |= {"attention_mask": None} | self.requests.check(input_ids, seq_ids, inputs)
+        if (seq_ids.diff() > 0).all():
             return super().forward(input_ids=input_ids, seq_ids=seq_ids, **inputs)
         order = seq_ids.argsort()
-
-        def reorder(value: Any, by: Tensor) -> Any:
-            return value[by] if isinstance(value, Tensor) and len(value) == len(by) else value
-
-        inputs = {name: reorder(value, order) for name, value in inputs.items()}
+        inputs = {name: _take_rows(value, order) for name, value in inputs.items()}
         output = super().forward(input_ids=input_ids[order], seq_ids=seq_ids[order], **inputs)
-        for name, value in output.items():
-            output[name] = reorder(value, order.argsort())
+        for name, value in (dict(output) | vars(output)).items():
+            setattr(output, name, _take_rows(value, order.argsort()))
         return output
-
-    def _check_request(self, input_ids: Tensor) -> None:
-        """NxDI fails on these too, with an index error or deep in its wrappers."""
-        (batch, length), neuron_config = input_ids.shape, self.neuron_config
-        if batch > neuron_config.max_batch_size:
-            raise ConfigError(
-                f"batch of {batch} sequences exceeds batch_size {neuron_config.max_batch_size} of the NeuronConfig; "
-                "raise it or send fewer"
-            )
-        longest, truncates = neuron_config.max_context_length, getattr(neuron_config, "allow_input_truncation", False)
-        if length > longest and not truncates:
-            raise ConfigError(f"prompt of {length} tokens exceeds max_context_length {longest}; raise it or shorten it")
 
     def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
         """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later."""
@@ -97,6 +86,10 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """As NxDI's CPU mode, with buckets, which need a model that knows the length of each."""
         if backend.NAME == "nxdi" and "WORLD_SIZE" not in os.environ:
             self._check_processes()
+            if not torch.distributed.is_initialized():
+                # NxDI's own takes port 29500, which a second run on the machine finds in use.
+                store = torch.distributed.HashStore()
+                torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         super().to_cpu()
         for model in {wrapper.model for wrapper in getattr(self, "models", ())}:
             model.register_forward_pre_hook(_follow_bucket)
@@ -181,6 +174,13 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
     neuron_config = config.neuron_config
     return neuron_state_dict(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree)
+
+
+def _take_rows(value: Any, rows: Tensor) -> Any:
+    """The rows [B] of a tensor [B, ...], or of each tensor of a list; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return type(value)(_take_rows(item, rows) for item in value)
+    return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == len(rows) else value
 
 
 def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:

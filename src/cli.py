@@ -1,11 +1,11 @@
 """Command line `nxdi-deepseek`."""
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from .commands.arguments import OneLineParser
 from .errors import DeepseekError
 
 # Subcommand -> its module in `commands` and its line in --help. Modules are imported when their command runs.
@@ -30,7 +30,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. A user's mistake becomes one line on stderr and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="nxdi-deepseek", description="DeepSeek-V3 on NeuronX Distributed Inference")
+    parser = OneLineParser(prog="nxdi-deepseek", description="DeepSeek-V3 on NeuronX Distributed Inference")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         subparsers.add_parser(name, help=summary, add_help=False)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(module: ModuleType, command: str, argv: list[str]) -> int:
     if hasattr(module, "run_with_own_parser"):
         return module.run_with_own_parser(argv)
-    parser = argparse.ArgumentParser(prog=f"nxdi-deepseek {command}", description=COMMANDS[command][1])
+    parser = OneLineParser(prog=f"nxdi-deepseek {command}", description=COMMANDS[command][1])
     module.add_arguments(parser)
     return module.run(parser.parse_args(argv))
 

@@ -11,10 +11,10 @@ from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalL
 from neuronx_distributed_inference.modules.custom_calls import CustomRMSNorm
 from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
 from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
-from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter
 from torch import Tensor, nn
 
 from .embedded.modules import RMSNorm
+from .nxdi_generation import NxDIGenerationAdapter as HuggingFaceGenerationAdapter
 
 
 def rmsnorm_cls() -> type[nn.Module]:

@@ -2,24 +2,10 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
-
-
-def generate_and_print(adapter: Any, input_ids: Tensor, printer: "TextPrinter", **kwargs: Any) -> Any:
-    """adapter.generate(input_ids, **kwargs), printing tokens as they come; afterwards where the adapter, like NxDI's,
-    ignores streamers. Returns what it returns."""
-    streamer = BatchStreamer(printer)
-    output = adapter.generate(input_ids, streamer=streamer, **kwargs)
-    if not streamer.ended:
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        for tokens in sequences[:, input_ids.shape[1] :].T.tolist():
-            printer(tokens)
-        printer(None)
-    return output
 
 
 class BatchStreamer(BaseStreamer):
@@ -31,7 +17,7 @@ class BatchStreamer(BaseStreamer):
 
     def __init__(self, on_tokens: Callable[[list[int] | None], None]):
         self.on_tokens = on_tokens
-        self.prompt_seen = self.ended = False
+        self.prompt_seen = False
 
     def put(self, value: Tensor) -> None:
         if self.prompt_seen:
@@ -40,7 +26,6 @@ class BatchStreamer(BaseStreamer):
 
     def end(self) -> None:
         self.on_tokens(None)
-        self.ended = True
 
 
 class TextPrinter:

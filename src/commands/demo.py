@@ -3,12 +3,14 @@
 import argparse
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import backend
 from ..reference import hugging_face_model, reference_logits
-from ..streaming import TextPrinter, generate_and_print
+from ..streaming import BatchStreamer, TextPrinter
+from ..third_party import encode, load_tokenizer
 from ..tiny_model import TINY_MODEL_DIR, load_goldens
+from .arguments import positive_int
 from .generate import load_model, right_pad
 
 # float32 keeps about 7 digits; the sums of some hundred products in two dozen steps cost two to three of them.
@@ -17,7 +19,7 @@ TOLERANCE = 1e-4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", help="text to complete instead of the built-in ones; repeatable")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=32)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     print(
         "model: a small DeepSeek-V3 trained on public-domain novels and tales, FP8 weights; it ships with the package\n"
     )
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_DIR)
+    tokenizer = load_tokenizer(str(TINY_MODEL_DIR))
     texts = args.prompt or load_goldens().texts[:4]
-    prompts = [tokenizer(text).input_ids for text in texts]
+    prompts = [encode(tokenizer, text) for text in texts]
     tokens, logits = generate(tokenizer, texts, prompts, args.max_new_tokens)
     model = hugging_face_model(TINY_MODEL_DIR)
     goldens = [golden_logits(model, prompt, row) for prompt, row in zip(prompts, tokens.tolist(), strict=True)]
@@ -43,11 +45,10 @@ def generate(
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
     adapter.generation_config.eos_token_id = None  # all of a batch go on to the end, so that all can be compared
-    output = generate_and_print(
-        adapter,
+    output = adapter.generate(
         input_ids,
-        TextPrinter(tokenizer, len(prompts), texts),
         attention_mask=attention_mask,
+        streamer=BatchStreamer(TextPrinter(tokenizer, len(prompts), texts)),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         return_dict_in_generate=True,

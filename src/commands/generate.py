@@ -11,21 +11,26 @@ from .. import backend
 from ..application import NeuronDeepseekV3ForCausalLM
 from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from ..errors import ConfigError
-from ..streaming import TextPrinter, generate_and_print
-from .prompts import add_prompt_arguments, check_ids, load_tokenizer, parse_ids, read_generation_config
+from ..streaming import BatchStreamer, TextPrinter
+from .arguments import non_negative_float, non_negative_int, positive_int, probability, seed
+from .prompts import add_prompt_arguments, check_ids, read_generation_config, read_prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint")
     add_prompt_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) picks the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=64)
+    parser.add_argument(
+        "--temperature", type=non_negative_float, default=0.0, help="0 (the default) picks the likeliest token"
+    )
+    parser.add_argument("--top-p", type=probability, default=1.0)
+    parser.add_argument("--top-k", type=non_negative_int, default=50, help="0 keeps all tokens (default 50)")
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--seq-len", type=int, help="bound of prompt and new tokens; what they need if not given")
-    parser.add_argument("--tp-degree", type=int, default=1, help="under torchrun: its number of processes")
+    parser.add_argument(
+        "--seq-len", type=positive_int, help="bound of prompt and new tokens; what they need if not given"
+    )
+    parser.add_argument("--tp-degree", type=positive_int, default=1, help="under torchrun: its number of processes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     print(backend.describe())
-    tokenizer = load_tokenizer(args.model_dir) if args.prompt else None
-    prompts = [tokenizer(text).input_ids for text in args.prompt] if tokenizer else parse_ids(args.prompt_ids)
+    tokenizer, prompts = read_prompts(args)
     model = load_model(args.model_dir, prompts, args.max_new_tokens, args.dtype, args.seq_len, args.tp_degree)
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
@@ -49,16 +53,15 @@ def _generate(args: argparse.Namespace) -> int:
     if args.temperature > 0:
         sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     printer = TextPrinter(tokenizer, len(prompts))
-    generate_and_print(adapter, input_ids, printer, attention_mask=attention_mask, **sampling)
+    adapter.generate(input_ids, attention_mask=attention_mask, streamer=BatchStreamer(printer), **sampling)
     return 0
 
 
 def load_model(
     model_dir: str, prompts: list[list[int]], max_new_tokens: int, dtype: str, seq_len: int | None, tp_degree: int
 ) -> NeuronDeepseekV3ForCausalLM:
-    """A model with room for the prompts and `max_new_tokens` more. Raises ConfigError when seq_len is too short."""
-    if max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {max_new_tokens} must be at least 1")
+    """A model with room for the prompts and `max_new_tokens` more. Raises ConfigError when seq_len is too short, or
+    longer than the model knows positions."""
     needed = max(map(len, prompts)) + max_new_tokens
     if seq_len is not None and needed > seq_len:
         raise ConfigError(f"the longest prompt and --max-new-tokens need {needed} positions, --seq-len is {seq_len}")
@@ -67,6 +70,11 @@ def load_model(
     )
     config = DeepseekV3InferenceConfig(neuron_config, load_config=load_pretrained_config(model_dir))
     check_ids(prompts, config.vocab_size)
+    known = config.model.max_position_embeddings
+    if neuron_config.seq_len > known:
+        raise ConfigError(
+            f"{neuron_config.seq_len} positions are needed, max_position_embeddings is {known}; take fewer"
+        )
     model = NeuronDeepseekV3ForCausalLM(str(model_dir), config)
     model.to_cpu()
     return model

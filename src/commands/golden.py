@@ -11,7 +11,8 @@ from ..accuracy.greedy import Rule
 from ..accuracy.recording import Entry
 from ..errors import ConfigError
 from ..model_config import load_model_config
-from .prompts import add_prompt_arguments, check_ids, load_tokenizer, parse_ids, read_generation_config, stop_tokens
+from .arguments import non_negative_int, positive_int
+from .prompts import add_prompt_arguments, check_ids, parse_ids, read_generation_config, read_prompts, stop_tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,20 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is expected to follow the prompt of the same number, text or ids as the prompts: saves passes over "
         "the weights as far as it is right, and changes no result",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=32)
     parser.add_argument(
-        "--min-new-tokens", type=int, default=0, help="rule out stop tokens before; inference_demo does"
+        "--min-new-tokens", type=non_negative_int, default=0, help="rule out stop tokens before; inference_demo does"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--trace", action="store_true", help="also write what every module gives, for compare --bisect")
-    parser.add_argument("--batch-size", type=int, default=1, help="of the inference_demo run to check (default 1)")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=1, help="of the inference_demo run to check (default 1)"
+    )
     parser.add_argument("--out", required=True, help="folder to write; an unfinished run there goes on")
 
 
 def run(args: argparse.Namespace) -> int:
-    for option in ("max_new_tokens", "batch_size"):
-        if getattr(args, option) < 1:
-            raise ConfigError(f"--{option.replace('_', '-')} {getattr(args, option)} must be at least 1")
     config = load_model_config(args.model_dir)
     prompts, drafts = _prompts(args)
     check_ids([prompt.prompt for prompt in prompts], config.vocab_size)
@@ -57,12 +57,11 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Entry], list[list[int]]]:
     texts, continuations = args.prompt or args.prompt_ids, args.continuation or []
     if len(continuations) > len(texts):
         raise ConfigError(f"{len(continuations)} --continuation for {len(texts)} prompts; give at most one for each")
-    if args.prompt:
-        tokenizer = load_tokenizer(args.model_dir)
-        prompts = [Entry(text, tokenizer(text).input_ids) for text in texts]
+    tokenizer, ids = read_prompts(args)
+    prompts = [Entry(text if tokenizer else None, tokens) for text, tokens in zip(texts, ids, strict=True)]
+    if tokenizer:
         drafts = [tokenizer(text, add_special_tokens=False).input_ids for text in continuations]
     else:
-        prompts = [Entry(None, ids) for ids in parse_ids(texts)]
         drafts = parse_ids(continuations, "--continuation")
     return prompts, drafts + [[]] * (len(texts) - len(continuations))
 

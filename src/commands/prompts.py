@@ -1,26 +1,35 @@
 """Prompts of a command line: text or token ids, and the tokens that end a generation."""
 
 import argparse
-from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..model_config import ModelConfig
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
+from ..requests import check_token_ids
+from ..third_party import encode, load_generation_config, load_tokenizer
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", help="text to complete; repeat it for several")
     prompts.add_argument("--prompt-ids", action="append", help="the same as token ids, for example 5,17,42")
+    parser.add_argument(
+        "--chat", action="store_true", help="each --prompt is a user's message: apply the tokenizer's chat template"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that comes with the folder's tokenizer"
+    )
 
 
-def load_tokenizer(model_dir: str) -> PreTrainedTokenizerBase:
-    if not any((Path(model_dir) / file).exists() for file in _TOKENIZER_FILES):
-        raise ConfigError(f"{model_dir}: has no tokenizer; give token ids with --prompt-ids 5,17,42")
-    return AutoTokenizer.from_pretrained(model_dir)
+def read_prompts(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase | None, list[list[int]]]:
+    """The tokenizer, if the prompts are text, and the token ids of each prompt. Raises ConfigError."""
+    if args.prompt:
+        tokenizer = load_tokenizer(args.model_dir, args.trust_remote_code)
+        return tokenizer, [encode(tokenizer, text, args.chat) for text in args.prompt]
+    if args.chat:
+        raise ConfigError("--chat needs --prompt: token ids are taken as they are")
+    return None, parse_ids(args.prompt_ids)
 
 
 def parse_ids(texts: list[str], option: str = "--prompt-ids") -> list[list[int]]:
@@ -35,17 +44,12 @@ def check_ids(prompts: list[list[int]], vocab_size: int) -> None:
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ConfigError(f"prompt {i} is empty; give at least one token")
-        for token in prompt:
-            if not 0 <= token < vocab_size:
-                raise ConfigError(f"token id {token} is outside the vocabulary of {vocab_size}")
+        check_token_ids(prompt, vocab_size)
 
 
 def read_generation_config(model_dir: str, config: ModelConfig) -> GenerationConfig:
     """generation_config.json where there is one, for its stop tokens; else those of config.json."""
-    if (Path(model_dir) / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(model_dir)
-    else:
-        generation = GenerationConfig(eos_token_id=list(config.eos_token_id) or None)
+    generation = load_generation_config(model_dir) or GenerationConfig(eos_token_id=list(config.eos_token_id) or None)
     if generation.pad_token_id is None:
         generation.pad_token_id = config.pad_token_id
     # Sampling is the command line's business.

@@ -4,10 +4,10 @@ It follows NxDI's contracts (what a layer gets and returns, the masks, the cache
 same model classes and the same tests run on both. It is not traced: shapes may depend on data.
 """
 
-from .config import InferenceConfig, MoENeuronConfig
 from .generation import HuggingFaceGenerationAdapter
 from .model_base import NeuronBaseForCausalLM, NeuronBaseModel
 from .modules import KVCacheManager, rmsnorm_cls
 from .moe import build_moe
+from .neuron_config import InferenceConfig, MoENeuronConfig
 from .parallel_layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from .parallel_state import gather_sequence

@@ -136,13 +136,10 @@ class NeuronBaseForCausalLM(nn.Module):
         """Logits [B, 1, vocab] of each sequence's last token.
 
         A call whose smallest position is 0 is a prompt, any other a decoding step. seq_ids [B] are the cache slots,
-        0..B-1 if not given. Raises ConfigError when a prompt or a sequence is too long, or when slots run out.
+        0..B-1 if not given. The caller has checked the request (requests.py).
         """
         if self.model is None:
             raise ConfigError("the model has no weights yet; call load() first")
-        if position_ids is None:
-            raise ConfigError("forward needs position_ids")
-        self._check_slots(len(input_ids), seq_ids)
         prefill = position_ids.min().item() == 0
         if attention_mask is None:
             attention_mask = _mask_from_positions(position_ids, prefill)
@@ -152,12 +149,6 @@ class NeuronBaseForCausalLM(nn.Module):
         self.kv_cache_populated = True
         return CausalLMOutputWithPast(logits=logits)
 
-    def _check_slots(self, batch: int, seq_ids: Tensor | None) -> None:
-        slots = self.neuron_config.kv_cache_batch_size
-        largest = batch - 1 if seq_ids is None else int(seq_ids.max())
-        if largest >= slots:
-            raise ConfigError(f"slot {largest} of {slots} is asked for; raise batch_size in the NeuronConfig")
-
     def _slots(self, batch: int, seq_ids: Tensor | None) -> Tensor | slice:
         """A slice where the slots are 0..B-1, since indexing with a tensor copies the cache."""
         if seq_ids is None or torch.equal(seq_ids.cpu(), torch.arange(batch)):
@@ -165,16 +156,11 @@ class NeuronBaseForCausalLM(nn.Module):
         return seq_ids.to(self.device)
 
     def _pad_prompt(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        length, limit = input_ids.shape[1], self.neuron_config.max_context_length
-        if length > limit:
-            raise ConfigError(f"prompt of {length} tokens exceeds max_context_length {limit}; raise it or shorten it")
+        length = input_ids.shape[1]
         pad = (0, _bucket(length, self.neuron_config.prompt_buckets()) - length)
         return F.pad(input_ids, pad, value=self.config.pad_token_id), F.pad(mask, pad), F.pad(positions, pad, value=1)
 
     def _pad_decode(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        limit = self.neuron_config.max_length
-        if int(positions.max()) >= limit:
-            raise ConfigError(f"the sequence reached seq_len {limit}; raise seq_len in the NeuronConfig")
         length = _bucket(int(positions.max()) + 1, self.neuron_config.decode_buckets())
         return input_ids, F.pad(mask, (0, length - mask.shape[1])), positions
 

@@ -1,0 +1,70 @@
+"""Types of command-line values, for argparse's `type=`, and the parser that says in one line what is wrong."""
+
+import argparse
+import math
+from typing import NoReturn
+
+_LARGEST_SEED = 2**32 - 1  # numpy's bound, which transformers.set_seed keeps to
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser that leaves its usage, which may take many lines, to --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def positive_int(text: str) -> int:
+    return _integer(text, 1)
+
+
+def non_negative_int(text: str) -> int:
+    return _integer(text, 0)
+
+
+def seed(text: str) -> int:
+    return _integer(text, 0, _LARGEST_SEED)
+
+
+def probability(text: str) -> float:
+    """Above 0 and at most 1."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def _integer(text: str, smallest: int, largest: int | None = None) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+    if value < smallest:
+        raise argparse.ArgumentTypeError(f"{text} must be at least {smallest}")
+    if largest is not None and value > largest:
+        raise argparse.ArgumentTypeError(f"{text} must be at most {largest}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value

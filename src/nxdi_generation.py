@@ -1,0 +1,56 @@
+"""NxDI's generation adapter, with the checks and the results of the embedded runtime's."""
+
+from typing import Any
+
+from neuronx_distributed_inference.utils.hf_adapter import HuggingFaceGenerationAdapter
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import LogitsProcessorList
+
+from .checked_generation import CheckedGeneration
+from .errors import ConfigError
+
+# What the device does itself, from the sampling parameters.
+_DONE_ON_DEVICE = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper")
+
+
+class NxDIGenerationAdapter(CheckedGeneration, HuggingFaceGenerationAdapter):
+    """Off the device it samples as transformers does. NxDI's own keeps the sampler of its first call, and applies
+    temperature, top_k and top_p twice."""
+
+    def _sample(
+        self, input_ids: Any, logits_processor: LogitsProcessorList, generation_config: GenerationConfig, **kwargs: Any
+    ) -> Any:
+        sample = GenerationMixin._sample
+        if self.on_device_sampling:
+            self._check_sampling_on_device(logits_processor, generation_config, kwargs.pop("streamer", None))
+            sample = HuggingFaceGenerationAdapter._sample
+        return sample(self, input_ids, logits_processor=logits_processor, generation_config=generation_config, **kwargs)
+
+    def _check_sampling_on_device(
+        self, processors: LogitsProcessorList, asked: GenerationConfig, streamer: Any
+    ) -> None:
+        """Refuses what would be ignored, and makes a greedy request greedy also where the device samples."""
+        device = self.neuron_config.on_device_sampling_config
+        ignored = [name for name in map(_class_name, processors) if name not in _DONE_ON_DEVICE]
+        problems = {
+            f"{', '.join(ignored)} would be ignored": ignored,
+            "a streamer would be ignored": streamer,
+            "do_sample=True needs do_sample or dynamic in it": asked.do_sample
+            and not (device.do_sample or device.dynamic),
+            "temperature and top_p need dynamic=True in it": asked.do_sample
+            and not device.dynamic
+            and (asked.temperature, asked.top_p) != (1.0, 1.0),
+            "top_k must be at least 1": asked.do_sample and (asked.top_k or 0) < 1,
+            "output_scores and output_logits need output_logits=True in the NeuronConfig": (
+                (asked.output_scores or asked.output_logits) and not self.neuron_config.output_logits
+            ),
+        }
+        for problem, holds in problems.items():
+            if holds:
+                raise ConfigError(f"generate: with on_device_sampling_config, {problem}")
+        if not asked.do_sample:
+            asked.top_k, asked.top_p, asked.temperature = 1, 1.0, 1.0
+
+
+def _class_name(value: Any) -> str:
+    return type(value).__name__
