@@ -59,6 +59,10 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """
         seq_ids = torch.arange(0 if input_ids is None else len(input_ids)) if seq_ids is None else seq_ids.flatten()
         inputs |= {"attention_mask": None} | self.requests.check(input_ids, seq_ids, inputs)
+        if inputs.get("sampling_params") is None:
+            # The likeliest token. NxDI's own default has a row for each of batch_size sequences, and no graph fits it
+            # where ctx_batch_size is another.
+            inputs["sampling_params"] = torch.ones(len(input_ids), 3)
         if (seq_ids.diff() > 0).all():
             return super().forward(input_ids=input_ids, seq_ids=seq_ids, **inputs)
         order = seq_ids.argsort()

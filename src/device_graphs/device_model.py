@@ -14,7 +14,7 @@ from ..errors import DeviceGraphError
 from ..graph_cost.count import GraphCost, count
 from . import rank_zero
 from .rank_zero import LoweredGraph
-from .replicas import Buffer, Replicas, execute, to_numpy, to_torch
+from .replicas import Buffer, Replicas, to_numpy, to_torch
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -82,20 +82,15 @@ class DeviceModel:
     def __init__(self, replicas: Replicas, graphs: Iterable[BucketGraph], tensors: dict[str, list[Buffer]]):
         self.replicas, self.graphs, self.tensors = replicas, list(graphs), tensors
         self._by_shapes = {graph.shapes: graph for graph in self.graphs}
-        self._failed = False
         self.states = sorted({name for graph in self.graphs for name in graph.lowering.aliases})
         for graph in self.graphs:
             self._check_shapes(graph)
 
     def __call__(self, *inputs: Tensor) -> Any:
         graph = self._route(inputs)
-        if self._failed:
-            raise DeviceGraphError("a graph of this model failed, and its replicas may hang; load the model again")
-        self._failed = True
-        outputs = execute(graph.executable(self.replicas), graph.arguments(inputs, self.tensors, self.replicas))
-        result = self._take(graph, outputs)
-        self._failed = False
-        return result
+        executable = graph.executable(self.replicas)
+        outputs = self.replicas.execute(executable, graph.arguments(inputs, self.tensors, self.replicas))
+        return self._take(graph, outputs)
 
     def _route(self, inputs: tuple[Tensor, ...]) -> BucketGraph:
         shapes = shapes_of(inputs)

@@ -44,7 +44,7 @@ def _read_ranks(model: Any, folder: Path) -> list[dict[str, Tensor]]:
 
 def _load(model: Any, weights: list[dict[str, Tensor]]) -> DeviceModel:
     neuron_config = model.neuron_config
-    replicas = Replicas(neuron_config.tp_degree)
+    replicas = Replicas.of(neuron_config.tp_degree)
     instances = {}
     graphs, states = [], {}
     for wrapper in model.models:
