@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .commands.arguments import OneLineParser
+from .commands.arguments import DEVICE_GRAPHS, OneLineParser
+from .device_graphs import process
 from .errors import DeepseekError
 
 # Subcommand -> its module in `commands` and its line in --help. Modules are imported when their command runs.
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparsers.add_parser(name, help=summary, add_help=False)
     command = parser.parse_args(argv[:1]).command
     try:
+        if DEVICE_GRAPHS in argv:  # ahead of whatever chooses a backend
+            process.prepare()
         return _run(importlib.import_module(f".commands.{COMMANDS[command][0]}", __package__), command, argv[1:])
     except DeepseekError as error:
         print(f"nxdi-deepseek {command}: {error}", file=sys.stderr)

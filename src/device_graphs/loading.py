@@ -98,12 +98,15 @@ def _bucket_graphs(wrapper: Any, instance: Any) -> list[BucketGraph]:
 def _lower_bucket(wrapper: Any, instance: Any, bucket: int, inputs: tuple[Tensor, ...]) -> Lowering:
     start = time.monotonic()
     neuron_config = wrapper.neuron_config
-    with rank_zero(neuron_config.tp_degree, neuron_config.logical_nc_config):
-        module, aliased = instance.get(bucket)
-        lowered = lower(module, inputs)
+    try:
+        with rank_zero(neuron_config.tp_degree, neuron_config.logical_nc_config):
+            module, aliased = instance.get(bucket)
+            lowered = lower(module, inputs)
+    except AssertionError as error:  # NxD's way of refusing sizes
+        raise DeviceGraphError(f"{wrapper.tag} {neuron_config.buckets[bucket]}: {error}") from error
     names = {id(tensor): name for name, tensor in module.named_parameters(remove_duplicate=False)}
     aliases = {names[id(tensor)]: place for tensor, place in aliased.items()}
-    _check_aliases(f"{wrapper.tag} bucket {bucket}", module, lowered.outputs, aliases)
+    _check_aliases(f"{wrapper.tag} {neuron_config.buckets[bucket]}", module, lowered.outputs, aliases)
     return Lowering(lowered, aliases, time.monotonic() - start)
 
 
