@@ -43,7 +43,10 @@ def _read_ranks(model: Any, folder: Path) -> list[dict[str, Tensor]]:
 
 
 def _load(model: Any, weights: list[dict[str, Tensor]]) -> DeviceModel:
+    from neuronx_distributed_inference.utils.compile_env import set_compile_env_vars
+
     neuron_config = model.neuron_config
+    set_compile_env_vars(neuron_config)  # as compile() does
     replicas = Replicas.of(neuron_config.tp_degree)
     instances = {}
     graphs, states = [], {}

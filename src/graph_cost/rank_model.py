@@ -12,8 +12,10 @@ from neuronx_distributed.parallel_layers import parallel_state
 from neuronx_distributed.utils.model_utils import init_on_device
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM
 from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
+from neuronx_distributed_inference.utils.compile_env import set_compile_env_vars
 from torch import Tensor, nn
 
+from ..application import NeuronDeepseekV3ForCausalLM
 from ..errors import GraphCostError
 from .request import Request
 
@@ -77,6 +79,7 @@ def _application(request: Request) -> NeuronBaseForCausalLM:
     fields |= {"tp_degree": request.tp_degree, "torch_dtype": torch.bfloat16, "logical_nc_config": 2}
     neuron_config = config_class.get_neuron_config_cls()(**fields | request.neuron_config)
     _check_names(request.neuron_config, neuron_config)
+    set_compile_env_vars(neuron_config)  # as compile() does
     return causal_lm("", config_class(neuron_config, load_config=_load_config(request)))
 
 
@@ -90,12 +93,11 @@ def _check_names(given: dict[str, Any], neuron_config: Any) -> None:
 
 def _causal_lm_class(impl: str | None) -> type[NeuronBaseForCausalLM]:
     if impl is None:
-        name = f"{__package__.rpartition('.')[0]}.modeling_deepseek"
-    else:
-        # By its folder's name, which the modules inside may use to import each other.
-        folder = Path(impl).resolve()
-        sys.path.insert(0, str(folder.parent))
-        name = f"{folder.name}.modeling_deepseek"
+        return NeuronDeepseekV3ForCausalLM
+    # By its folder's name, which the modules inside may use to import each other.
+    folder = Path(impl).resolve()
+    sys.path.insert(0, str(folder.parent))
+    name = f"{folder.name}.modeling_deepseek"
     module = importlib.import_module(name)
     defined = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
     return next(value for value in defined if issubclass(value, NeuronBaseForCausalLM))
