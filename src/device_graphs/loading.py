@@ -14,7 +14,7 @@ from ..checkpoint.sharder import shard_checkpoint
 from ..dtypes import dtype_name
 from ..errors import DeviceGraphError
 from .device_model import BucketGraph, DeviceModel, Lowering, TracedModule
-from .rank_zero import lower, rank_zero
+from .rank_zero import lower, named_tensors, rank_zero
 from .replicas import Replicas
 
 
@@ -82,8 +82,7 @@ def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def _unsharded(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Caches and buffers, which no rank file has: the same on all ranks."""
-    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    return {name: tensor for name, tensor in named.items() if name not in weights}
+    return {name: tensor for name, tensor in named_tensors(module).items() if name not in weights}
 
 
 def _bucket_graphs(wrapper: Any, instance: Any) -> list[BucketGraph]:

@@ -25,6 +25,7 @@ def prepare(form: str = "executed") -> None:
         raise DeviceGraphError("this process has another backend already; lower graphs in a process of their own")
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["NXDI_DEEPSEEK_BACKEND"] = "nxdi"
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else importing it starts processes that idle
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     _import_or_explain("torch_xla")

@@ -93,8 +93,7 @@ def lower(module: nn.Module, inputs: tuple[Tensor, ...]) -> LoweredGraph:
     torch_xla._XLAC._set_all_reduce_token("xla:0", None)  # it would chain the collectives to those of the last graph
     _random_inputs.clear()
     kernel_table.calls.clear()
-    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    tensors = {name: placeholder(tensor) for name, tensor in named.items()}
+    tensors = {name: placeholder(tensor) for name, tensor in named_tensors(module).items()}
     traced = [placeholder(tensor) for tensor in inputs]
     with _hooks_recorded(module) as calls, torch.device("xla"):
         outputs = list(torch.func.functional_call(module, tensors, tuple(traced)))
@@ -103,23 +102,38 @@ def lower(module: nn.Module, inputs: tuple[Tensor, ...]) -> LoweredGraph:
     context.build([*outputs, *shown])
     graph = Graph.from_json(json.loads(context.hlo_json()))
     _check_executable(graph)
-    numbers = context.tensor_parameter_id
-    used = {name: numbers(tensor) for name, tensor in tensors.items() if numbers(tensor) >= 0}
-    given = {place: numbers(tensor) for place, tensor in enumerate(traced) if numbers(tensor) >= 0}
-    random = {numbers(tensor): tensor for tensor in _random_inputs if numbers(tensor) >= 0}
-    known = {*used.values(), *given.values(), *random}
-    rest = {n: t for n, t in context.device_parameter_id_tensor_mapping().items() if n not in known}
+    given = _numbers(context, dict(enumerate(traced)))
+    used = _numbers(context, tensors)
+    drawn = _numbers(context, dict(enumerate(_random_inputs)))
+    known = {*given.values(), *used.values(), *drawn.values()}
+    rest = {n: tensor for n, tensor in context.device_parameter_id_tensor_mapping().items() if n not in known}
     return LoweredGraph(
         context.hlo(),
         graph,
         given,
         used,
         {number: tensor.cpu() for number, tensor in rest.items()},
-        {number: torch.empty(tensor.shape, dtype=tensor.dtype) for number, tensor in random.items()},
-        [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in outputs],
+        {number: _like(_random_inputs[place], "cpu") for place, number in drawn.items()},
+        [_like(tensor, "meta") for tensor in outputs],
         hooked,
         kernel_table.calls.copy(),
     )
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, under all their names."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return dict(parameters) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _numbers(context: Any, tensors: dict[Any, Tensor]) -> dict[Any, int]:
+    """Parameter numbers of those tensors that the graph uses."""
+    numbers = {key: context.tensor_parameter_id(tensor) for key, tensor in tensors.items()}
+    return {key: number for key, number in numbers.items() if number >= 0}
+
+
+def _like(tensor: Tensor, device: str) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def hooks_of(module: nn.Module) -> tuple[tuple[int, ...], ...]:
