@@ -81,8 +81,8 @@ def load_model(
         )
     model = NeuronDeepseekV3ForCausalLM(str(model_dir), config)
     if process.is_prepared():
-        from ..device_graphs.loading import load_on_device_graphs
         from ..device_graphs.graph_report import describe
+        from ..device_graphs.loading import load_on_device_graphs
 
         print(describe(load_on_device_graphs(model)), end="\n\n")
     else:
