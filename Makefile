@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NEWEST := $(VENV)-newest-transformers
+GRAPHS := $(VENV)-graphs
+# A graph that hangs is a failure after so many seconds.
+GRAPH_TIMEOUT ?= 600
 
-.PHONY: demo test test-newest-transformers lint clean
+.PHONY: demo test test-newest-transformers graph-env test-graphs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/nxdi-deepseek demo
@@ -17,13 +20,22 @@ test: $(VENV)/installed
 test-newest-transformers: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest test/unit
 
+# What lowers and executes the device's graphs: 6.5 GB, most of it CUDA libraries that torch 2.8's wheel links to.
+graph-env: $(GRAPHS)/installed
+	@du -sh $(GRAPHS)
+
+test-graphs: $(GRAPHS)/installed
+	for module in test/device_graphs/test_*.py; do \
+	  timeout --kill-after=10 $(GRAPH_TIMEOUT) $(GRAPHS)/bin/python -m pytest --quiet $$module || exit 1; \
+	done
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/vermin --target=3.10- --no-tips --violations --quiet src test tools bench
 
 clean:
-	rm -rf $(VENV) $(NEWEST)
+	rm -rf $(VENV) $(NEWEST) $(GRAPHS)
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,4 +45,13 @@ $(VENV)/installed: setup.cfg pyproject.toml
 $(NEWEST)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(GRAPHS)/installed: setup.cfg pyproject.toml tools/graph-env.txt
+	$(PYTHON) -m venv $(GRAPHS)
+	$(GRAPHS)/bin/python -m pip install --quiet --no-deps --requirement tools/graph-env.txt
+	$(GRAPHS)/bin/python -m pip install --quiet filelock fsspec jinja2 networkx sympy typing_extensions \
+	  absl-py numba numpy pyyaml requests safetensors 'transformers>=4.57,<4.58' xxhash \
+	  boto3 pillow tenacity 'pytest>=8'
+	$(GRAPHS)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .commands.arguments import OneLineParser
+from .commands.arguments import DEVICE_GRAPHS, OneLineParser
+from .device_graphs import process
 from .errors import DeepseekError
 
 # Subcommand -> its module in `commands` and its line in --help. Modules are imported when their command runs.
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parser.parse_args(argv[:1]).command
         prog = f"{prog} {command}"
+        if DEVICE_GRAPHS in argv:  # ahead of whatever chooses a backend
+            process.prepare()
         return _run(importlib.import_module(f".commands.{COMMANDS[command][0]}", __package__), command, argv[1:])
     except DeepseekError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -54,6 +54,9 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        # Without the token that torch_xla threads through all-gathers and reduce-scatters: it would add a
+        # multiplication and an addition of everything that is gathered.
+        kwargs.setdefault("disable_numeric_cc_token", True)
         kwargs.setdefault(
             "blockwise_matmul_config",
             {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG", "block_size": 128},

@@ -17,6 +17,10 @@ class GraphCostError(DeepseekError):
     """A graph that cannot be lowered or counted."""
 
 
+class DeviceGraphError(DeepseekError):
+    """A device graph that cannot be lowered or executed, or a result that must not be used."""
+
+
 _SHOWN_PROBLEMS = 20
 
 

@@ -1,4 +1,4 @@
-"""Two config.json of the family as plain data: one for models made up on the spot, and the released one."""
+"""Three config.json of the family as plain data: two for models made up on the spot, and the released one."""
 
 from typing import Any
 
@@ -55,6 +55,18 @@ DEMO_CONFIG: dict[str, Any] = {
     "use_cache": True,
     "v_head_dim": 24,
     "vocab_size": 512,
+}
+
+# Small, and every size that ranks share is one that 64 ranks can share.
+WIDE_CONFIG: dict[str, Any] = {name: value for name, value in DEMO_CONFIG.items() if name != "quantization_config"} | {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "kv_lora_rank": 80,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
 }
 
 # The sizes of the released 671B model.

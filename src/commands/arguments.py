@@ -9,6 +9,9 @@ from ..errors import ConfigError
 _LARGEST_SEED = 2**32 - 1  # numpy's bound, which transformers.set_seed keeps to
 
 
+DEVICE_GRAPHS = "--device-graphs"
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that raises ConfigError and leaves its usage, which may take many lines, to --help."""
 
@@ -16,6 +19,16 @@ class OneLineParser(argparse.ArgumentParser):
         option, colon, reason = message.removeprefix("argument ").partition(": ")
         message = f"{option} {reason}" if colon and message.startswith("argument ") else message
         raise ConfigError(f"{' '.join(message.split())} (see {self.prog} --help)")
+
+
+def add_device_graphs(parser: argparse.ArgumentParser) -> None:
+    """The cli reads the option itself, since it decides what a process imports, and so not when it is abbreviated."""
+    parser.add_argument(
+        DEVICE_GRAPHS,
+        action="store_true",
+        help="run the graphs that NxDI compiles for the device, all ranks in this process (`make graph-env`)",
+    )
+    parser.allow_abbrev = False
 
 
 def positive_int(text: str) -> int:

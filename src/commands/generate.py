@@ -10,9 +10,10 @@ from transformers import set_seed
 from .. import backend
 from ..application import NeuronDeepseekV3ForCausalLM
 from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
+from ..device_graphs import process
 from ..errors import ConfigError
 from ..streaming import BatchStreamer, TextPrinter
-from .arguments import non_negative_float, non_negative_int, positive_int, probability, seed
+from .arguments import add_device_graphs, non_negative_float, non_negative_int, positive_int, probability, seed
 from .prompts import add_prompt_arguments, check_ids, read_generation_config, read_prompts
 
 
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-len", type=positive_int, help="bound of prompt and new tokens; what they need if not given"
     )
     parser.add_argument("--tp-degree", type=positive_int, default=1, help="under torchrun: its number of processes")
+    add_device_graphs(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,6 +67,8 @@ def load_model(
     needed = max(map(len, prompts)) + max_new_tokens
     if seq_len is not None and needed > seq_len:
         raise ConfigError(f"the longest prompt and --max-new-tokens need {needed} positions, --seq-len is {seq_len}")
+    if process.is_prepared():  # the device's experts share out the tokens of a prompt among the ranks
+        needed = -(-needed // tp_degree) * tp_degree
     neuron_config = DeepseekV3NeuronConfig(
         batch_size=len(prompts), seq_len=seq_len or needed, torch_dtype=getattr(torch, dtype), tp_degree=tp_degree
     )
@@ -76,7 +80,13 @@ def load_model(
             f"{neuron_config.seq_len} positions are needed, max_position_embeddings is {known}; take fewer"
         )
     model = NeuronDeepseekV3ForCausalLM(str(model_dir), config)
-    model.to_cpu()
+    if process.is_prepared():
+        from ..device_graphs.graph_report import describe
+        from ..device_graphs.loading import load_on_device_graphs
+
+        print(describe(load_on_device_graphs(model)), end="\n\n")
+    else:
+        model.to_cpu()
     return model
 
 

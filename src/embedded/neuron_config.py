@@ -10,6 +10,16 @@ import torch
 from ..errors import ConfigError
 from ..saved_config import CONFIG_FILE
 
+# Fields of NxDI that this runtime accepts and has no use for.
+_WITHOUT_USE = (
+    "on_cpu",
+    "cast_type",
+    "padding_side",
+    "logical_nc_config",
+    "save_sharded_checkpoint",
+    "disable_numeric_cc_token",
+)
+
 
 class MoENeuronConfig:
     """How the model runs: lengths, batch sizes, dtype, parallelism, buckets.
@@ -40,8 +50,7 @@ class MoENeuronConfig:
         self.overrides_torch_dtype: bool = kwargs.pop("overrides_torch_dtype", "torch_dtype" in kwargs)
         dtype = kwargs.pop("torch_dtype", torch.bfloat16)
         self.torch_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        # Fields of NxDI that this runtime accepts and has no use for.
-        for name in ("on_cpu", "cast_type", "padding_side", "logical_nc_config", "save_sharded_checkpoint"):
+        for name in _WITHOUT_USE:
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
         self.blockwise_matmul_config = kwargs.pop("blockwise_matmul_config", {})

@@ -8,12 +8,9 @@ those of the first: every request gets a fork, ahead of which the slow imports a
 import contextlib
 import importlib
 import json
-import logging
 import multiprocessing
-import os
 import sys
 import traceback
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..device_graphs import process
 from ..errors import DeepseekError, GraphCostError
-from ..without_sdk import cpu_mode, nxdi_source
 from . import neuron_ops
 from .count import GraphCost, bytes_read, count
 from .hlo import Graph
@@ -54,18 +51,7 @@ def lower(request: Request) -> GraphCost:
 
 
 def _prepare_process() -> None:
-    os.environ["PJRT_DEVICE"] = "CPU"
-    os.environ["NXDI_DEEPSEEK_BACKEND"] = "nxdi"
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    try:
-        importlib.import_module("torch_xla")
-    except ImportError as error:
-        raise GraphCostError(f"graph-cost needs torch_xla ({error}); the README says how to install it") from None
-    neuron_ops.define()
-    nxdi_source.make_importable()
-    os.environ.pop(cpu_mode.VARIABLE, None)  # the graph of the device is wanted
-    neuron_ops.replace_kernels()
+    process.prepare("counted")
     neuron_ops.replace_collectives()
     importlib.import_module(f"{__package__}.rank_model")
 

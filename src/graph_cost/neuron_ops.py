@@ -1,8 +1,7 @@
-"""The Neuron operators that NxD and NxDI trace, for a machine without the closed packages that hold them.
+"""The form in which graph-cost counts Neuron kernels: custom calls. device_graphs/kernel_table.py says where they go.
 
-An operator becomes the same custom call as on Neuron where the compiler expands it (RMS norm), a marker with its sizes
-where it is an opaque kernel (the blockwise expert matmul), and plain XLA where it is one operation of XLA. On the meta
-device each gives a result of the right shape.
+The same custom call as on Neuron where the compiler expands it (RMS norm), a marker with its sizes where it is an
+opaque kernel (the blockwise expert matmul). On the meta device each gives a result of the right shape.
 """
 
 import json
@@ -12,25 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..without_sdk import stand_ins
 from .kernels import BLOCKWISE_MATMUL, RMS_NORM
-
-
-def define() -> None:
-    """Gives the stand-ins of the closed packages these operators. Comes before `stand_ins.install`."""
-    stand_ins.define("torch_neuronx.xla_impl.base", xla_hlo_call=_xla_hlo_call)
-    stand_ins.define("torch_neuronx.xla_impl.ops", xla_hlo_call=_xla_hlo_call, RmsNorm=_RmsNorm)
-
-
-def replace_kernels() -> None:
-    """Puts the marker in the place of NxD's blockwise kernels, those that its release lacks included."""
-    from neuronx_distributed.modules.moe import blockwise
-
-    blockwise.torch_to_nki_dtype = str
-    blockwise.ActivationFunction = int
-    for name in ("_call_bwmm_shard_on_block_kernel", "_call_shard_on_intermediate_kernel"):
-        setattr(blockwise, name, _blockwise_matmul)
-    blockwise._call_shard_hidden_kernel = lambda args: (_blockwise_matmul(args), None, None)
 
 
 def replace_collectives() -> None:
@@ -51,13 +32,11 @@ def custom_call(target: str, inputs: Sequence[Tensor], like: Tensor, config: dic
     return torch_xla._XLAC._xla_custom_call(list(inputs), target, [shape], [like.dtype], False, text, 0, {})[0]
 
 
-class _RmsNorm:
-    @staticmethod
-    def apply(x: Tensor, weight: Tensor, eps: float, dim: int) -> Tensor:
-        return custom_call(RMS_NORM, (x, weight), like=x)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dim: int) -> Tensor:
+    return custom_call(RMS_NORM, (x, weight), like=x)
 
 
-def _blockwise_matmul(args: Any) -> Tensor:
+def blockwise_matmul(args: Any) -> Tensor:
     """args: NxD's BlockwiseMatmulArgs. The kernel adds to `output` what every block's expert computes."""
     inputs = (args.hidden_states, args.expert_affinities_masked, args.gate_up_proj_weight, args.down_proj_weight)
     mapping = (args.token_position_to_id, args.block_to_expert)
@@ -65,26 +44,6 @@ def _blockwise_matmul(args: Any) -> Tensor:
     sizes = {"blocks": len(args.block_to_expert), "block_size": args.block_size}
     sizes |= {"hidden": hidden, "intermediate": intermediate}
     return custom_call(BLOCKWISE_MATMUL, (*inputs, *mapping), like=args.output, config=sizes)
-
-
-def _xla_hlo_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Stands for the decorator of functions that build HLO by hand: the few that are traced, written in torch."""
-    in_torch = {
-        "fill_prefix.<locals>.xla_fill_prefix": _fill_prefix,
-        "ModuleMarkerStart.forward_impl": _identity,
-        "ModuleMarkerEnd.forward_impl": _identity,
-    }
-    return in_torch.get(function.__qualname__, stand_ins.kernel_decorator(function))
-
-
-def _fill_prefix(cache: Tensor, prefix: Tensor) -> Tensor:
-    filled = cache.clone()
-    filled[tuple(map(slice, prefix.shape))] = prefix
-    return filled
-
-
-def _identity(*args: Tensor) -> Any:
-    return args[0] if len(args) == 1 else args
 
 
 def _dispatch(on_meta: Callable[..., Any], on_xla: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from neuronx_distributed.parallel_layers import parallel_state
 from neuronx_distributed.utils.model_utils import init_on_device
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM
 from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
+from neuronx_distributed_inference.utils.compile_env import set_compile_env_vars
 from torch import Tensor, nn
 
 from ..errors import GraphCostError
@@ -79,6 +80,7 @@ def _application(request: Request) -> NeuronBaseForCausalLM:
     fields |= {"tp_degree": request.tp_degree, "torch_dtype": torch.bfloat16, "logical_nc_config": 2}
     neuron_config = config_class.get_neuron_config_cls()(**fields | request.neuron_config)
     _check_names(request.neuron_config, neuron_config)
+    set_compile_env_vars(neuron_config)  # as compile() does
     return causal_lm("", config_class(neuron_config, load_config=_load_config(request)))
 
 

@@ -7,6 +7,7 @@ import os
 
 import torch
 from nxdi_deepseek import backend
+from nxdi_deepseek.device_graphs import process
 from nxdi_deepseek.example_configs import DEMO_CONFIG, RELEASED_CONFIG
 from nxdi_deepseek.modeling_deepseek import (
     DeepseekV3InferenceConfig,
@@ -65,8 +66,13 @@ def load_config(model_dir, **neuron):
 
 
 def load_model(model_dir, **neuron):
-    """The model on the active backend, on the CPU, with its weights."""
+    """The model on the active backend, on the CPU, with its weights: device graphs where the process is prepared."""
     model = NeuronDeepseekV3ForCausalLM(str(model_dir), load_config(model_dir, **neuron))
+    if process.is_prepared():
+        from nxdi_deepseek.device_graphs.loading import load_on_device_graphs
+
+        load_on_device_graphs(model)
+        return model
     if backend.NAME == "nxdi":
         from support import nxdi
 

@@ -1,5 +1,6 @@
 """NxD and NxDI in CPU mode, with or without the Neuron SDK, and groups of processes, for tests."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
@@ -9,8 +10,11 @@ import sys
 import tempfile
 
 import torch
+from nxdi_deepseek.device_graphs import process, rank_zero
 from nxdi_deepseek.without_sdk import cpu_mode
 from nxdi_deepseek.without_sdk.nxdi_source import NxDINotFound
+
+_rank_zero = contextlib.ExitStack()
 
 
 def load_nxdi():
@@ -43,8 +47,12 @@ def require_nxdi():
 def init_cpu_parallel(tp_degree=1, init_method="env://"):
     """Set up torch.distributed (gloo) and NxD's process groups, as NxD's parallel layers and `to_cpu()` expect them.
 
-    Alone in its process, TP is 1. Under torchrun, or with the same variables set, every rank calls this.
+    Alone in its process, TP is 1. Under torchrun, or with the same variables set, every rank calls this. A process that
+    is prepared for device graphs gets the state of rank 0, until `leave_parallel`.
     """
+    if process.is_prepared():
+        _rank_zero.enter_context(rank_zero.rank_zero(tp_degree, lnc_size=2))
+        return
     load_nxdi()
     from neuronx_distributed.parallel_layers import parallel_state
 
@@ -56,6 +64,11 @@ def init_cpu_parallel(tp_degree=1, init_method="env://"):
         raise ValueError(f"TP degree {tp_degree} in a process group of {torch.distributed.get_world_size()}")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_degree, skip_collective_init=True)
+
+
+def leave_parallel():
+    """Undoes `init_cpu_parallel` in a process that is prepared for device graphs."""
+    _rank_zero.close()
 
 
 def _init_process_group(world_size, init_method):
@@ -82,12 +95,15 @@ def follow_buckets(model):
 
 
 def run_parallel(function, tp_degree, *args, initialize=init_cpu_parallel):
-    """Call function(*args) on every rank of a new group of processes; returns the ranks' results in order.
+    """Call function(*args) on every rank of a new group of processes; returns the ranks' results in order. On device
+    graphs one process has all ranks.
 
     initialize(tp_degree, init_method) joins the process group; by default it sets up NxDI.
 
     `function` stands at the top level of a file, such as a test module; arguments and results can be pickled.
     """
+    if process.is_prepared():
+        return [function(*args)]
     # Named by file: pytest may know the test module by a name that the new processes cannot import.
     worker = (inspect.getsourcefile(function), function.__name__)
     with tempfile.TemporaryDirectory() as folder:

@@ -292,4 +292,4 @@ def test_what_is_missing_is_told_in_one_line(capfd):
     assert main(["graph-cost", "attention,decode,512,1"]) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1
-    assert "graph-cost needs torch_xla" in error or "no NxDI" in error
+    assert "needs torch_xla" in error or "no NxDI" in error

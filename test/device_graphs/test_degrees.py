@@ -1,0 +1,79 @@
+"""Tensor parallelism at the degree of the device, with every collective; the expert kernel; rank files."""
+
+import pytest
+import torch
+from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
+from nxdi_deepseek.example_configs import WIDE_CONFIG
+from support.device_graphs import assert_equals_hugging_face, load, written
+from support.models import V3, random_prompts
+
+PROMPTS = (6, 14)
+# The expert kernel takes hidden sizes of whole 512s, and 16 columns and more on each rank.
+KERNEL = WIDE_CONFIG | {"hidden_size": 512, "num_hidden_layers": 2}
+ONE_BY_ONE = {"is_continuous_batching": True, "ctx_batch_size": 1, "tkg_batch_size": 2, "max_batch_size": 2}
+SEQUENCE_PARALLEL = ONE_BY_ONE | {"sequence_parallel_enabled": True}
+
+
+def prompts_of(config):
+    return random_prompts(PROMPTS, config["vocab_size"])
+
+
+@pytest.mark.parametrize(
+    ("config", "tp_degree", "neuron"),
+    [
+        (V3, 1, {}),
+        (V3, 2, {}),
+        (V3, 4, {}),
+        (V3, 4, SEQUENCE_PARALLEL),
+        (WIDE_CONFIG, 64, {}),
+        (WIDE_CONFIG, 64, SEQUENCE_PARALLEL),
+    ],
+    ids=["TP 1", "TP 2", "TP 4", "TP 4 sequence parallel", "TP 64", "TP 64 sequence parallel"],
+)
+def test_all_ranks_together_equal_hugging_face(tmp_path, config, tp_degree, neuron):
+    model_dir = written(tmp_path, config)
+    model, device = load(model_dir, batch_size=2, tp_degree=tp_degree, **neuron)
+    assert_equals_hugging_face(model, model_dir, prompts_of(config))
+    assert all(graph.calls for graph in device.graphs)
+    device.check_states()
+
+
+@pytest.mark.parametrize(
+    ("tp_degree", "neuron"),
+    [(1, {}), (4, {}), (2, SEQUENCE_PARALLEL)],
+    ids=["TP 1", "TP 4", "TP 2 sequence parallel"],
+)
+def test_the_expert_kernel_equals_hugging_face(tmp_path, tp_degree, neuron):
+    model_dir = written(tmp_path, KERNEL)
+    model, device = load(model_dir, batch_size=2, tp_degree=tp_degree, **neuron)
+    assert_equals_hugging_face(model, model_dir, prompts_of(KERNEL))
+    expert_layers = KERNEL["num_hidden_layers"] - KERNEL["first_k_dense_replace"]
+    assert device.kernels["BlockwiseMatmul"] == expert_layers  # prompts only
+    device.check_states()
+
+
+def test_rank_files_of_shard_give_the_same_bits(tmp_path):
+    model_dir = written(tmp_path, V3)
+    shard_checkpoint(model_dir, tmp_path / "compiled", 2, "float32")
+    logits = [
+        assert_equals_hugging_face(load(model_dir, path, batch_size=2, tp_degree=2)[0], model_dir, prompts_of(V3), 4)
+        for path in (None, tmp_path / "compiled")
+    ]
+    assert torch.equal(*logits)
+
+
+def test_every_bucket_equals_hugging_face(tmp_path):
+    """A prompt in each context bucket; decoding crosses from the smaller token bucket into the larger one."""
+    model_dir = written(tmp_path, V3)
+    buckets = {"context_encoding_buckets": [16, 32, 64], "token_generation_buckets": [64, 128]}
+    model, device = load(model_dir, batch_size=1, tp_degree=2, enable_bucketing=True, max_context_length=64, **buckets)
+    for prompt in random_prompts((10, 30, 58)):
+        assert_equals_hugging_face(model, model_dir, [prompt], 10)
+    assert {graph.name: bool(graph.calls) for graph in device.graphs} == {
+        f"{tag} {bucket}": True
+        for tag, field in (
+            ("context_encoding_model", "context_encoding_buckets"),
+            ("token_generation_model", "token_generation_buckets"),
+        )
+        for bucket in buckets[field]
+    }

@@ -1,0 +1,121 @@
+"""Faults of the graphs that NxDI's CPU mode cannot have: each is refused, or changes the logits."""
+
+import pytest
+import torch
+from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
+from nxdi_deepseek.device_graphs.device_model import DeviceModel
+from nxdi_deepseek.errors import DeviceGraphError
+from nxdi_deepseek.modeling_deepseek import NeuronDeepseekV3Model
+from support.device_graphs import assert_equals_hugging_face, load, written
+from support.models import V3, random_prompts
+
+BUCKETS = {
+    "enable_bucketing": True,
+    "max_context_length": 64,
+    "context_encoding_buckets": [16, 64],
+    "token_generation_buckets": [64, 128],
+}
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    return written(tmp_path, V3)
+
+
+@pytest.fixture
+def alter(monkeypatch):
+    """Puts change(module, aliases), which returns other aliases, behind DecoderModelInstance.get."""
+    get = DecoderModelInstance.get
+
+    def plant(change):
+        def altered(self, bucket_rank, **kwargs):
+            module, aliases = get(self, bucket_rank, **kwargs)
+            return module, change(module, dict(aliases))
+
+        monkeypatch.setattr(DecoderModelInstance, "get", altered)
+
+    return plant
+
+
+def shifted(module, aliases):
+    return {state: output + 1 for state, output in aliases.items()}
+
+
+def rotated(module, aliases):
+    return dict(zip(aliases, [*list(aliases.values())[1:], 1], strict=True))
+
+
+def last_missing(module, aliases):
+    return dict(list(aliases.items())[:-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(shifted, "are no cache"), (rotated, "which it updates"), (last_missing, "are no cache")],
+    ids=["shifted past the end", "each the next one's", "last one missing"],
+)
+def test_aliases_that_fit_no_cache_are_refused(model_dir, alter, change, message):
+    alter(change)
+    with pytest.raises(DeviceGraphError, match=message):
+        load(model_dir, batch_size=1, tp_degree=2)
+
+
+def test_caches_swapped_between_layers_change_the_logits(model_dir, alter):
+    def swapped(module, aliases):
+        first, _, second, *_ = aliases  # the K slots of layers 0 and 1
+        return aliases | {first: aliases[second], second: aliases[first]}
+
+    alter(swapped)
+    model, _ = load(model_dir, batch_size=1, tp_degree=2)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        assert_equals_hugging_face(model, model_dir, random_prompts((9,)))
+
+
+@pytest.mark.parametrize("stale", [min, max], ids=["the shortest bucket's", "the longest bucket's"])
+def test_a_stale_bucket_length_is_refused(model_dir, alter, stale):
+    def keep_length(module, aliases):
+        module.n_positions = stale(module.buckets)
+        return aliases
+
+    alter(keep_length)
+    with pytest.raises(RuntimeError):
+        load(model_dir, batch_size=1, tp_degree=2, **BUCKETS)
+
+
+def test_inputs_of_other_shapes_are_refused(model_dir):
+    model, _ = load(model_dir, batch_size=1, tp_degree=2)
+    graph = model.token_generation_model.model
+    inputs = list(model.token_generation_model.input_generator()[0])
+    inputs[1] = inputs[1][:, :-1]
+    with pytest.raises(ValueError, match="Input shape .* not found"):
+        graph(*inputs)
+
+
+def test_a_cache_of_another_shape_is_refused_ahead_of_the_call(model_dir):
+    _, device = load(model_dir, batch_size=1, tp_degree=2)
+    shorter = {device.states[0]: device.replicas.replicate(torch.zeros(1, 1, 64, V3["qk_rope_head_dim"]))}
+    with pytest.raises(DeviceGraphError, match="past_key_values.0 is .* in the graph"):
+        DeviceModel(device.replicas, device.graphs, device.tensors | shorter)
+
+
+def test_a_cache_that_differs_between_ranks_is_seen(model_dir):
+    _, device = load(model_dir, batch_size=1, tp_degree=2)
+    device.check_states()
+    cache = torch.zeros(1, 1, 128, V3["qk_rope_head_dim"])
+    device.tensors[device.states[0]] = device.replicas.put([cache, cache + 1])
+    with pytest.raises(DeviceGraphError, match="differs between rank 0 and rank 1"):
+        device.check_states()
+
+
+def test_a_head_that_is_not_gathered_is_refused(model_dir, monkeypatch):
+    """Each rank would return its part of the vocabulary."""
+    init_model = NeuronDeepseekV3Model.init_model
+
+    def without_gather(self, config):
+        init_model(self, config)
+        self.lm_head.gather_output = False
+
+    monkeypatch.setattr(NeuronDeepseekV3Model, "init_model", without_gather)
+    model, _ = load(model_dir, batch_size=1, tp_degree=2)
+    with pytest.raises(DeviceGraphError, match="output 0 of .* differs"):
+        assert_equals_hugging_face(model, model_dir, random_prompts((9,)), 1)
