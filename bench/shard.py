@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from checkpoints import ONE_LAYER, write_random
+from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.layout import model_layout
 from nxdi_deepseek.checkpoint.plan import make_plans
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
@@ -91,8 +92,8 @@ def main():
         print(
             f"{args.experts} experts of {fields['hidden_size']}x{fields['moe_intermediate_size']}, {size / 1e9:.2f} GB"
         )
-        (plan,) = make_plans(load_model_config(source), folder, TP_DEGREE, "bfloat16")
-        file_bytes = plan.file_bytes
+        with Checkpoint(source) as checkpoint:
+            file_bytes = make_plans(checkpoint, folder, TP_DEGREE, "bfloat16")[0].file_bytes
         before = plain_write(Path(folder), TP_DEGREE, file_bytes)
 
         out = Path(folder) / "out"

@@ -1,6 +1,5 @@
 """Runs of the sharder that end badly, in processes of their own."""
 
-import contextlib
 import multiprocessing
 import os
 import resource
@@ -26,22 +25,29 @@ def start(function, *args):
     return process
 
 
-def shard_eagerly(model_dir, out_dir, tp_degree):
-    """With a journal entry for every unit, not every some seconds."""
+def shard_and_tell(model_dir, out_dir, tp_degree, piece, connection):
+    """With a journal entry for every unit, not every some seconds. Says when `piece` units are done, and goes on."""
+    done = 0
+
+    def progress(*_):
+        nonlocal done
+        done += 1
+        if done == piece:
+            connection.send(done)
+
     sharder.SYNC_SECONDS = 0.0
-    with contextlib.suppress(KeyboardInterrupt):
-        sharder.shard_checkpoint(model_dir, out_dir, tp_degree, jobs=2, resume=True)
+    sharder.shard_checkpoint(model_dir, out_dir, tp_degree, jobs=2, resume=True, progress=progress)
+    connection.send(done)
 
 
-def kill_after(seconds, *args):
-    """Runs shard_eagerly and kills it. True if it was still running."""
-    process = start(shard_eagerly, *args)
-    process.join(seconds)
-    if process.is_alive():
-        with contextlib.suppress(ProcessLookupError):  # it may end just now
-            os.kill(process.pid, signal.SIGKILL)
+def kill_at(piece, delay, *args):
+    """Runs the sharder on args and kills it `delay` seconds after it has done `piece` units, in whatever it is then."""
+    receiver, sender = pipe()
+    process = start(shard_and_tell, *args, piece, sender)
+    receiver.recv()
+    time.sleep(delay)
+    process.kill()
     process.join()
-    return process.exitcode == -signal.SIGKILL
 
 
 def shard_with_file_limit(model_dir, out_dir, tp_degree, limit, connection):

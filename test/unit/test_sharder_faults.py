@@ -4,12 +4,13 @@ import os
 import random
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from nxdi_deepseek.checkpoint import journal, planned_file, sharder
+from nxdi_deepseek.checkpoint.folder import Checkpoint
+from nxdi_deepseek.checkpoint.plan import make_plans
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.checkpoint.synthetic import write_sparse_checkpoint
 from nxdi_deepseek.checkpoint.verifier import verify_shards
@@ -55,23 +56,17 @@ def assert_no_half_written(out_dir, expected):
 
 
 def test_killed_at_any_instant(checkpoint, expected, folder):
-    faults.kill_after(60, checkpoint, folder / "warm", TP_DEGREE)
-    start = time.monotonic()
-    assert not faults.kill_after(60, checkpoint, folder / "timed", TP_DEGREE)
-    duration = time.monotonic() - start
-    moments = random.Random(0)
-    resumed = killed = 0
+    """From the first unit on to beyond the last, each time some milliseconds into the next ones."""
+    with Checkpoint(checkpoint) as opened:
+        units = len(make_plans(opened, folder, TP_DEGREE, "bfloat16")[0].units)
+    random_delay = random.Random(0)
     for i in range(KILLS):
         out_dir = folder / str(i)
-        killed += faults.kill_after(moments.uniform(0, duration), checkpoint, out_dir, TP_DEGREE)
-        if out_dir.exists():
-            assert_no_half_written(out_dir, expected)
-        resumed += shard_checkpoint(checkpoint, out_dir, TP_DEGREE, resume=True).resumed > 0
+        faults.kill_at(1 + i * units // KILLS, random_delay.uniform(0, 0.005), checkpoint, out_dir, TP_DEGREE)
+        assert_no_half_written(out_dir, expected)
+        shard_checkpoint(checkpoint, out_dir, TP_DEGREE, resume=True)
         assert contents(out_dir) == expected
         shutil.rmtree(out_dir)
-    # Else the kills came all before the first piece or after the last.
-    assert killed > KILLS / 4
-    assert resumed > KILLS / 20
 
 
 def test_killed_again_and_again(checkpoint, expected, folder):
