@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 from checkpoints import ONE_LAYER, write_random
+from nxdi_deepseek.checkpoint.checkpoint import Checkpoint
+from nxdi_deepseek.checkpoint.convert import read_weight
 from nxdi_deepseek.checkpoint.layout import model_layout
 from nxdi_deepseek.checkpoint.plan import make_plans
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
@@ -95,6 +97,9 @@ def main():
         file_bytes = plan.file_bytes
         before = plain_write(Path(folder), TP_DEGREE, file_bytes)
 
+        with Checkpoint(source) as checkpoint:  # loads numba and the compiled loops
+            name = next(name for name in checkpoint.reader.names() if name.endswith("down_proj.weight"))
+            read_weight(checkpoint.reader, name, checkpoint.config, torch.bfloat16)
         out = Path(folder) / "out"
         summary = shard_checkpoint(source, out, TP_DEGREE)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
