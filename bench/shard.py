@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from checkpoints import ONE_LAYER, write_random
+from nxdi_deepseek.checkpoint.convert import read_weight
 from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.layout import model_layout
 from nxdi_deepseek.checkpoint.plan import make_plans
@@ -94,6 +95,9 @@ def main():
         )
         with Checkpoint(source) as checkpoint:
             file_bytes = make_plans(checkpoint, folder, TP_DEGREE, "bfloat16")[0].file_bytes
+            # Loads numba and the compiled loops.
+            name = next(name for name in checkpoint.reader.names() if name.endswith("down_proj.weight"))
+            read_weight(checkpoint.reader, name, checkpoint.config, torch.bfloat16)
         before = plain_write(Path(folder), TP_DEGREE, file_bytes)
 
         out = Path(folder) / "out"
