@@ -13,7 +13,7 @@ from ..errors import DeviceGraphError
 from . import rank_zero
 
 # NxD's ids of what its expert kernels take: SiLU, and affinities that scale the expert's output.
-_SILU, _POST_SCALE = 1, 1
+_SILU, _POST_SCALE = 0, 1
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dim: int) -> Tensor:
