@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from ..errors import DeviceGraphError
 from . import rank_zero
 
-# NxD's ids of what its expert kernels take: SiLU, and affinities that scale the expert's output.
-_SILU, _POST_SCALE = 1, 1
+# What NxD passes its expert kernels: SiLU, and affinities that scale the expert's output.
+_SILU, _POST_SCALE = 0, ("POST_SCALE", "1")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dim: int) -> Tensor:
@@ -50,7 +50,7 @@ def _check_supported(args: Any) -> None:
     if args.kernel_act_fn != _SILU or given:
         raise DeviceGraphError(f"the expert kernel runs here with SiLU alone, not with {given or args.kernel_act_fn}")
     scaling = args.expert_affinities_scaling_mode
-    if getattr(scaling, "value", _POST_SCALE) != _POST_SCALE:
+    if str(scaling).rpartition(".")[2] not in _POST_SCALE:  # a member of an enumeration or of its stand-in
         raise DeviceGraphError(f"the expert kernel runs here with affinities that scale its output, not {scaling}")
 
 
