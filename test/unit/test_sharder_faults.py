@@ -20,7 +20,7 @@ from support import faults
 from support.encodings import edit, write_encoded
 from support.models import RELEASED
 
-KILLS = 50
+KILLS = 100
 TP_DEGREE = 4
 
 
