@@ -157,6 +157,12 @@ class TracedModule:
     def __call__(self, *inputs: Tensor) -> Any:
         return self.nxd_model(*inputs)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """NxD's expert layers ask for its state as they are saved."""
+        neuron_config = self._module.neuron_config
+        with rank_zero.rank_zero(neuron_config.tp_degree, neuron_config.logical_nc_config):
+            return self._module.state_dict()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 

@@ -58,6 +58,7 @@ def _load(model: Any, weights: list[dict[str, Tensor]]) -> DeviceModel:
         instances[wrapper] = instance
         graphs += _bucket_graphs(wrapper, instance)
         states |= _unsharded(instance.module, weights[0])
+    _share_hooks([instance.module for instance in instances.values()])
     tensors = {name: replicas.put([rank[name] for rank in weights]) for name in weights[0]}
     tensors |= {name: replicas.replicate(value) for name, value in states.items()}
     device_model = DeviceModel(replicas, graphs, tensors)
@@ -78,6 +79,13 @@ def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     missing = [name for name in missing if not name.startswith("kv_mgr.")]
     if missing:
         raise DeviceGraphError(f"the rank files lack {', '.join(missing)}")
+
+
+def _share_hooks(modules: list[nn.Module]) -> None:
+    """A forward hook of one phase's module sees the other phases too, as in NxDI's CPU mode, which has one module."""
+    for name, child in modules[0].named_modules():
+        for module in modules[1:]:
+            module.get_submodule(name)._forward_hooks = child._forward_hooks
 
 
 def _unsharded(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
