@@ -7,19 +7,14 @@ GRAPHS := $(VENV)-graphs
 # A graph that hangs is a failure after so many seconds.
 GRAPH_TIMEOUT ?= 600
 
-.PHONY: demo test test-unit test-integration test-newest-transformers graph-env test-graphs lint clean
+.PHONY: demo test test-newest-transformers graph-env test-graphs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/nxdi-deepseek demo
 
-# Two processes, side by side: a process has one backend, the unit tests the embedded runtime, the integration tests NxDI.
+# Two processes: a process has one backend, the unit tests the embedded runtime, the integration tests NxDI.
 test: $(VENV)/installed
-	$(MAKE) --jobs=2 --output-sync=target test-unit test-integration
-
-test-unit: $(VENV)/installed
 	$(BIN)/python -m pytest test/unit
-
-test-integration: $(VENV)/installed
 	$(BIN)/python -m pytest test/integration
 
 test-newest-transformers: $(NEWEST)/installed
