@@ -20,7 +20,7 @@ test: $(VENV)/installed
 test-newest-transformers: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest test/unit
 
-# What lowers and executes the device's graphs: 6.5 GB, most of it CUDA libraries that torch 2.8's wheel links to.
+# What lowers and executes the device's graphs: 6.6 GB, most of it CUDA libraries that torch 2.8's wheel links to.
 graph-env: $(GRAPHS)/installed
 	@du -sh $(GRAPHS)
 
