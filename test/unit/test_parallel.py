@@ -87,13 +87,13 @@ def test_jobs_that_cannot_be_are_one_line(tmp_path, capsys, command, jobs):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-SLOW_SHARD = """
-import sys, time
+SLOW_SHARD = r"""
+import os, sys, time
 from nxdi_deepseek import cli
 from nxdi_deepseek.checkpoint import decoder
 original = decoder.UnitDecoder.regions
 def regions(self, unit):
-    print("begun", flush=True)
+    os.write(1, b"begun\n")  # one call: two workers begin at once
     time.sleep(0.2)
     yield from original(self, unit)
 decoder.UnitDecoder.regions = regions
