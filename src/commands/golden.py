@@ -10,7 +10,15 @@ from ..checkpoint.folder import Checkpoint
 from ..dtypes import model_dtype
 from ..errors import ConfigError
 from .arguments import file_name, non_negative_int, positive_int
-from .prompts import add_prompt_arguments, check_ids, parse_ids, read_generation_config, read_prompts, stop_tokens
+from .prompts import (
+    add_prompt_arguments,
+    check_ids,
+    check_plain_greedy,
+    parse_ids,
+    read_generation_config,
+    read_prompts,
+    stop_tokens,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
         prompts, drafts = _prompts(args)
         check_ids([prompt.prompt for prompt in prompts], config.vocab_size)
         check_ids([draft for draft in drafts if draft], config.vocab_size)
-        stops = stop_tokens(read_generation_config(args.model_dir, config))
+        generation = read_generation_config(args.model_dir, config)
+        check_plain_greedy(generation)
+        stops = stop_tokens(generation)
         rule = Rule(args.max_new_tokens, tuple(stops), args.min_new_tokens)
         dtype = model_dtype(args.dtype)
         recording = make_golden(
