@@ -55,10 +55,8 @@ class UnitDecoder:
         groups = self._groups(unit)
         sources = self._load_all(unit, [region for _, region in groups])
         for ranks, region in groups:
-            bits = self._array(
-                "region", (region.stop - region.start, region.columns), BITS[unit.spec.dtype(self._dtype)]
-            )
-            scale = None
+            shape, scale = (region.stop - region.start, region.columns), None
+            bits = self._array("region", shape, BITS[unit.spec.dtype(self._dtype)])
             if unit.spec.scale:
                 scale = self._array("scale", unit.spec.scale.rank_shape(self._tp_degree)[1:], np.float32)
             yield Decoded(ranks, region, bits, scale, _make(region, sources, bits, scale))
@@ -80,7 +78,8 @@ class UnitDecoder:
             read_rows = block.rows if block.transposed else min(rows, block.rows)
             stored = stored_weight(self._source, source.name, source.shape, self._config)
             size += read_rows * self._source.entries[stored.name].row_bytes
-            size += read_rows * block.columns if stored.packed > 1 else 0
+            # Codes of what is packed; two copies of the codes while they are made, see quantizing.py.
+            size += read_rows * block.columns * ((stored.packed > 1) + (2 if unit.spec.scale else 0))
         _, rank_rows, rank_columns = grid.rank_shape(self._tp_degree)
         return size + min(rows, rank_rows) * rank_columns * unit.spec.dtype(self._dtype).itemsize
 

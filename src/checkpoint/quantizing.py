@@ -20,9 +20,7 @@ _STRIP = 1 << 16  # weights in float32 at a time
 _EACH, _MEASURED = 16, 1 << 12  # halving is exact by design: of so many rows one is measured, if weights are many
 _MAGNITUDES = np.arange(1 << 7)
 _SQUARES = np.square(CODE_VALUES[_MAGNITUDES])
-_LOST = np.where(
-    (_MAGNITUDES < 16) & (_MAGNITUDES % 2 == 1), np.float32(2.0**-18), np.float32(0)
-)  # 2**-9 each, squared
+_LOST = np.where((_MAGNITUDES < 16) & (_MAGNITUDES % 2 == 1), 2.0**-18, 0).astype(np.float32)  # 2**-9, squared
 
 
 def cell_size(rows: Range, columns: Range, scale: np.ndarray) -> tuple[int, int]:
