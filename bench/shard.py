@@ -81,15 +81,6 @@ def plain_write(folder, files, size):
     return seconds
 
 
-def warm_up(folder, form):
-    """Loads numba and the compiled loops."""
-    with tempfile.TemporaryDirectory(dir=folder) as model_dir:
-        write_random(
-            model_dir, ONE_LAYER | {"n_routed_experts": 8, "moe_intermediate_size": 128 * 64, "hidden_size": 64}
-        )
-        shard_checkpoint(model_dir, f"{model_dir}/out", 2, weights=form)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="/dev/shm", help="folder for the checkpoint")
@@ -106,8 +97,9 @@ def main():
         )
         with Checkpoint(source) as checkpoint:
             file_bytes = make_plans(checkpoint, folder, TP_DEGREE, "bfloat16")[0].file_bytes
-        for form in FORMS:
-            warm_up(folder, form)
+        for form in FORMS:  # loads numba and the compiled loops
+            shard_checkpoint(source, Path(folder) / form, TP_DEGREE, weights=form, ranks=[0])
+            shutil.rmtree(Path(folder) / form)
         before = plain_write(Path(folder), TP_DEGREE, file_bytes)
 
         out = Path(folder) / "out"
