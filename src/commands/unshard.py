@@ -9,7 +9,8 @@ from ..progress_bar import ByteBar, format_bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out_dir", help="the OUT_DIR that shard wrote, with the files of all ranks")
     parser.add_argument(
-        "model_dir", help="folder to write: config.json, index and shards in the dtype of the rank files"
+        "model_dir",
+        help="folder to write: config.json, index and shards in the dtype of the rank files; fp8-block experts in FP8",
     )
     parser.add_argument("--jobs", type=int, help="threads; one per core if not given")
 
