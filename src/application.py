@@ -21,6 +21,9 @@ from .third_party import told
 
 __all__ = ["NeuronDeepseekV3ForCausalLM"]
 
+# Of the Neuron XLA backend: how it takes float8_e4m3fn and scalars that are infinite.
+_FP8_VARIABLES = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
+
 
 class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     """The causal LM that NxDI compiles, loads and runs."""
@@ -52,6 +55,9 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.requests = RequestChecks(self.neuron_config, self.config.vocab_size)
+        if self.neuron_config.quantized and self._runs_on_neuron():
+            # Ahead of compile() and load(): of NxDI's doors inference_demo alone sets them.
+            os.environ.update(_FP8_VARIABLES)
 
     @functools.wraps(backend.NeuronBaseForCausalLM.forward, assigned=())  # transformers asks for its arguments
     def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
@@ -126,8 +132,11 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
     @classmethod
     def save_quantized_state_dict(cls, model_path: str, config: DeepseekV3InferenceConfig) -> None:
-        """Refuses, where NxDI's own would load the Hugging Face model into memory and quantize it there."""
-        raise ConfigError("neuron_config: quantized=True is not supported; FP8 weights are dequantized while loading")
+        """Writes nothing, where NxDI's own loads the Hugging Face model into memory and quantizes it there."""
+        print(
+            f"weights {config.neuron_config.weights}: made from {model_path} while it is sharded or loaded; "
+            "quantized_checkpoints_path is not used"
+        )
 
     @staticmethod
     def load_hf_model(model_path: str) -> nn.Module:
