@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..device_graphs import process
+from ..device_graphs.rank_zero import placeholder
 from ..errors import DeepseekError, GraphCostError
 from . import neuron_ops
 from .count import GraphCost, bytes_read, count
@@ -82,16 +83,13 @@ def _to_placeholders(part: nn.Module) -> dict[str, Tensor]:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = placeholder = _placeholder(tensor)
-                    weights[f"{prefix}.{name}"] = placeholder
+                    tensors[name] = weights[f"{prefix}.{name}"] = _placeholder(tensor)
     return {name: weight for name, weight in weights.items() if "kv_mgr" not in name}
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
-    from torch_xla.core import xla_builder
-
-    placeholder = xla_builder.create_placeholder_tensor(tuple(tensor.shape), tensor.dtype)
-    return nn.Parameter(placeholder, requires_grad=False) if isinstance(tensor, nn.Parameter) else placeholder
+    held = placeholder(tensor)
+    return nn.Parameter(held, requires_grad=False) if isinstance(tensor, nn.Parameter) else held
 
 
 def _trace(part: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, int]]:
