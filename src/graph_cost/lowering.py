@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import sys
 import traceback
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -40,11 +41,16 @@ def lower(request: Request) -> GraphCost:
         weights = _to_placeholders(part)
         hlo, numbers = _trace(part, weights)
     graph = Graph.from_json(hlo)
-    read = {name: bytes_read(graph.parameters[number]) for name, number in numbers.items()}
+    parameters = graph.parameters
+    read = {name: bytes_read(parameters[number]) for name, number in numbers.items()}
+    dtypes: Counter[str] = Counter()
+    for number in numbers.values():
+        dtypes[parameters[number].shapes[0].dtype] += parameters[number].bytes
     return replace(
         count(graph),
         parameter_bytes=sum(weight.nbytes for weight in weights.values()),
         parameter_bytes_read=sum(read.values()),
+        parameter_dtypes=dict(dtypes),
         parameters_unread={name: weight.nbytes for name, weight in weights.items() if name not in read},
         kv_bytes_per_token=part.kv_bytes_per_token,
         flop_counter=flop_counter,
