@@ -33,12 +33,19 @@ class Fp8ExpertWeights(ExpertWeights):
         self.scale = nn.Parameter(torch.empty(scale_shape, dtype=torch.float32), requires_grad=False)
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
-        weight, scale = self.weight[expert], self.scale[expert]
-        if scale.shape == (1, weight.shape[1]):
-            return ((x @ weight.to(x.dtype)).to(torch.float32) * scale).to(x.dtype)
-        for axis, size in enumerate(weight.shape):
+        codes, scale = self.weight[expert], self.scale[expert]
+        if scale.shape == (1, codes.shape[1]):
+            return ((x @ _values(codes, x.dtype)).to(torch.float32) * scale).to(x.dtype)
+        for axis, size in enumerate(codes.shape):
             scale = scale.repeat_interleave(size // scale.shape[axis], dim=axis)
-        return x @ (weight.to(torch.float32) * scale).to(x.dtype)
+        return x @ (_values(codes, torch.float32) * scale).to(x.dtype)
+
+
+def _values(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """What finite codes stand for. torch converts them one by one; shifted, their bits are those of a float16 that is
+    2^8 times smaller, and arithmetic on these is fast."""
+    bits = (codes.view(torch.int8).to(torch.int16) << 7) & ~0x4000  # the sign is there twice
+    return bits.view(torch.float16).to(dtype) * 2**8
 
 
 class Experts(nn.Module):
