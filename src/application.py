@@ -24,7 +24,7 @@ from .weight_forms import weight_form
 __all__ = ["NeuronDeepseekV3ForCausalLM"]
 
 # Of the Neuron XLA backend: how it takes float8_e4m3fn and scalars that are infinite.
-_FP8_VARIABLES = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
+FP8_VARIABLES = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 
 
 class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
@@ -60,7 +60,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         self.requests = RequestChecks(self.neuron_config, self.config.vocab_size)
         if self.neuron_config.quantized and self._runs_on_neuron():
             # Ahead of compile() and load(): of NxDI's doors inference_demo alone sets them.
-            os.environ.update(_FP8_VARIABLES)
+            os.environ.update(FP8_VARIABLES)
 
     @functools.wraps(backend.NeuronBaseForCausalLM.forward, assigned=())  # transformers asks for its arguments
     def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:

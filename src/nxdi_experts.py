@@ -3,6 +3,7 @@
 from typing import Any
 
 from neuronx_distributed.modules.moe.blockwise import BlockwiseMatmulNKIFunc
+from neuronx_distributed.parallel_layers import parallel_state
 from neuronx_distributed.quantization import quantization_config as nxd
 from neuronx_distributed.quantization.quantize import convert
 from torch import Tensor, nn
@@ -15,7 +16,13 @@ def quantize_experts(expert_mlps: nn.Module, neuron_config: Any) -> None:
 
     NxDI's CPU mode leaves that out, and would read the codes as if they were the weights.
     """
-    convert(expert_mlps, q_config=_layer_config(neuron_config), inplace=True)
+    traces = parallel_state.get_aot_mode()
+    # Else NxD cuts a rank's part out of zeros of a wrong shape, and fails on some ranks.
+    parallel_state.set_aot_mode(True)
+    try:
+        convert(expert_mlps, q_config=_layer_config(neuron_config), inplace=True)
+    finally:
+        parallel_state.set_aot_mode(traces)
     for module in expert_mlps.modules():
         module._parameters.pop("master_weight", None)  # a second name that tracing gives a layer's weight
 
