@@ -80,8 +80,11 @@ def ignored_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
 
 
 def _missing(source: TensorSource, expected: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    unreadable = (source.is_unreadable, lambda name: source.is_unreadable(name + PACKED_SUFFIX))
-    names = [name for name in expected if not (is_stored(source, name) or all(is_(name) for is_ in unreadable))]
+    names = [
+        name
+        for name in expected
+        if not (is_stored(source, name) or source.is_unreadable(name) or source.is_unreadable(name + PACKED_SUFFIX))
+    ]
     if len(names) < len(expected):
         return ((source.describe(name), "missing") for name in names)
     what = f"missing, as are all {len(names)} tensors of the model; are these its weights, under other names?"
@@ -117,7 +120,7 @@ def _weight_fault(source: TensorSource, name: str, shape: tuple[int, ...]) -> st
     if source.shape(name) != shape:
         return f"shape {list(source.shape(name))}, expected {list(shape)}"
     if dtype not in WEIGHT_DTYPES:
-        return f"dtype {dtype or 'unknown'} is not supported; use an FP8, BF16 or FP32 checkpoint"
+        return f"dtype {dtype or 'unknown'} is not supported; use an FP8, INT4, BF16 or FP32 checkpoint"
     if dtype == FP8_DTYPE and len(shape) != 2:
         return "an FP8 tensor that is no matrix has no block scales; use an original checkpoint"
     scale = name + SCALE_SUFFIX

@@ -10,7 +10,8 @@ import torch
 
 from ..model_config import ModelConfig
 from .encodings import BITS, EncodedRows, Window, encoded_rows
-from .layout import Source
+from .layout import Source, TensorSpec
+from .quantizing import lie_within
 from .source import TensorSource
 from .stored import stored_weight
 from .units import Region, Unit, read_columns, read_ranges
@@ -55,10 +56,8 @@ class UnitDecoder:
         groups = self._groups(unit)
         sources = self._load_all(unit, [region for _, region in groups])
         for ranks, region in groups:
-            bits = self._array(
-                "region", (region.stop - region.start, region.columns), BITS[unit.spec.dtype(self._dtype)]
-            )
-            scale = None
+            shape, scale = (region.stop - region.start, region.columns), None
+            bits = self._array("region", shape, BITS[unit.spec.dtype(self._dtype)])
             if unit.spec.scale:
                 scale = self._array("scale", unit.spec.scale.rank_shape(self._tp_degree)[1:], np.float32)
             yield Decoded(ranks, region, bits, scale, _make(region, sources, bits, scale))
@@ -80,7 +79,8 @@ class UnitDecoder:
             read_rows = block.rows if block.transposed else min(rows, block.rows)
             stored = stored_weight(self._source, source.name, source.shape, self._config)
             size += read_rows * self._source.entries[stored.name].row_bytes
-            size += read_rows * block.columns if stored.packed > 1 else 0
+            # Codes of what is packed; two copies of the codes while they are made, see quantizing.py.
+            size += read_rows * block.columns * ((stored.packed > 1) + (2 if unit.spec.scale else 0))
         _, rank_rows, rank_columns = grid.rank_shape(self._tp_degree)
         return size + min(rows, rank_rows) * rank_columns * unit.spec.dtype(self._dtype).itemsize
 
@@ -91,12 +91,11 @@ class UnitDecoder:
         return [(ranks, region) for ranks, region in regions if region]
 
     def _load_all(self, unit: Unit, regions: Sequence[Region]) -> list[EncodedRows]:
-        dtype = torch.float32 if unit.spec.scale else unit.spec.dtype(self._dtype)
         blocks = zip(unit.sources(), unit.spec.grid.blocks, strict=True)
-        return [self._load(source, block.transposed, regions, dtype, i) for i, (source, block) in enumerate(blocks)]
+        return [self._load(unit.spec, source, block.transposed, regions, i) for i, (source, block) in enumerate(blocks)]
 
     def _load(
-        self, source: Source, transposed: bool, regions: Sequence[Region], dtype: torch.dtype, slot: int
+        self, spec: TensorSpec, source: Source, transposed: bool, regions: Sequence[Region], slot: int
     ) -> EncodedRows:
         stored = stored_weight(self._source, source.name, source.shape, self._config)
         entry = self._source.entries[stored.name]
@@ -110,7 +109,11 @@ class UnitDecoder:
             raw = self._source.read_rows(stored.name, start, stop, buffer[offset:], columns)
             parts.append((start, raw))
             offset += raw.size
-        return encoded_rows(self._source, stored, Window(parts, columns[0] * stored.packed), dtype, transposed)
+        read, dtype, halve = Window(parts, columns[0] * stored.packed), spec.dtype(self._dtype), False
+        if spec.scale:
+            dtype, scale_shape = torch.float32, spec.scale.rank_shape(self._tp_degree)[1:]
+            halve = stored.block is not None and lie_within(regions, slot, scale_shape, stored.block)
+        return encoded_rows(self._source, stored, read, dtype, transposed, halve)
 
     def _array(self, slot: str, shape: tuple[int, ...], dtype: type[np.number]) -> np.ndarray:
         return self._buffer(slot, prod(shape) * dtype().itemsize).view(dtype).reshape(shape)

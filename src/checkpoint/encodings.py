@@ -15,8 +15,18 @@ import torch
 from ..dtypes import dtype_name, to_safetensors
 from ..errors import CheckpointError
 from .fp8 import CODE_VALUES, FP8_DTYPE, FP8_MAX, scale_to_float32
-from .numba_kernels import copy_strips, decode_blocks, decode_values, largest_magnitude
-from .quantizing import cell_size, halve, lies_within, quantize_strips, scale_of_cells, strip_rows
+from .numba_kernels import copy_strips, decode_blocks, decode_values, halve_codes, largest_magnitude
+from .quantizing import (
+    cell_size,
+    check_scale,
+    halved,
+    lies_within,
+    measure,
+    quantize_strips,
+    scale_of_cells,
+    strip_rows,
+    transpose,
+)
 from .source import TensorSource
 from .stored import StoredWeight
 from .units import Range
@@ -58,10 +68,11 @@ class EncodedRows(Protocol):
 
 
 def encoded_rows(
-    source: TensorSource, stored: StoredWeight, read: Window, dtype: torch.dtype, transposed: bool
+    source: TensorSource, stored: StoredWeight, read: Window, dtype: torch.dtype, transposed: bool, halve: bool = False
 ) -> EncodedRows:
-    """What was read of a weight, to be decoded to `dtype`; `read` holds uint8 [rows, bytes].
+    """What was read of a weight, to be decoded to `dtype`; `read` holds uint8 [rows, bytes], and may be changed.
 
+    halve: all that is to be made of it is quantized, in cells that lie in one block of the checkpoint each.
     Raises CheckpointError naming the tensor when it holds NaN or infinity, or will in `dtype`.
     """
     what, found = source.describe(stored.name), source.entries[stored.name].dtype
@@ -74,7 +85,7 @@ def encoded_rows(
     else:
         for _, codes in read.parts:
             _check_finite(codes, _FP8, what)
-    return _CodedRows(read, scale, stored.block, dtype, transposed, what)
+    return _CodedRows(read, scale, stored.block, dtype, transposed, what, halve)
 
 
 class _CodedRows:
@@ -88,10 +99,20 @@ class _CodedRows:
         dtype: torch.dtype,
         transposed: bool,
         what: str,
+        halve: bool,
     ):
         self._read, self._scale, self._block_size, self._transposed = read, scale, block_size, transposed
         self._dtype, self._what = dtype, what
         self._may_overflow = np.abs(scale).max(initial=0) > torch.finfo(dtype).max / FP8_MAX
+
+        self._halved = halve
+        if halve:
+            measured, count = np.zeros(2), 0
+            for start, codes in read.parts:
+                measured += measure(codes, scale, start, read.left, block_size)
+                count += codes.size
+                halve_codes(codes.reshape(-1))
+            self._per_weight = measured / max(count, 1)
 
     @cached_property
     def _tables(self) -> np.ndarray:
@@ -111,10 +132,22 @@ class _CodedRows:
 
     def quantize(self, rows: Range, columns: Range, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         size = cell_size(rows, columns, scale)
-        if lies_within(rows, size[0], self._block_size[0]) and lies_within(columns, size[1], self._block_size[1]):
-            own = scale_of_cells(self._scale, rows, columns, size, self._block_size)
-            return halve(self._read.rectangle(rows, columns), own, codes, scale, self._what)
+        within = (lies_within(*pair) for pair in zip((rows, columns), size, self._block_size, strict=True))
+        if self._halved or all(within):
+            return self._keep(rows, columns, size, codes, scale)
         return quantize_strips(rows, columns, lambda part: self._values(part, columns), codes, scale, self._what)
+
+    def _keep(
+        self, rows: Range, columns: Range, size: tuple[int, int], codes: np.ndarray, scale: np.ndarray
+    ) -> np.ndarray:
+        """Halved codes and double scales."""
+        own = self._read.rectangle(rows, columns)
+        scale[...] = 2 * scale_of_cells(self._scale, rows, columns, size, self._block_size).T
+        check_scale(scale, self._what)
+        transpose(own if self._halved else halved(own), codes)
+        if self._halved:
+            return self._per_weight * own.size
+        return measure(own, self._scale, rows[0], columns[0], self._block_size)
 
     def _values(self, rows: Range, columns: Range) -> np.ndarray:
         """The weights, float32 [rows, columns]."""

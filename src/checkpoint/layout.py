@@ -124,9 +124,9 @@ class TensorSpec:
         return prod(self.shape)
 
     @property
-    def is_plain(self) -> bool:
-        """True where the tensor is one source as it is."""
-        return len(self.sources) == 1 and self.combine is Combine.ROWS
+    def has_experts(self) -> bool:
+        """True for weights of routed experts, which a WeightForm is about."""
+        return self.combine is not Combine.ROWS
 
     def dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype that the tensor has in a model of `model_dtype`."""

@@ -86,14 +86,44 @@ def copy_strips(source: np.ndarray, out: np.ndarray) -> None:
                 to[y, x] = from_[y, x]
 
 
-@_compiled("void(uint8[::1], uint8[::1])")
-def halve_codes(codes: np.ndarray, out: np.ndarray) -> None:
-    """FP8 e4m3 codes [n] of half the values, ties among the smallest to even. No NaN comes in, none goes out."""
+@_compiled("void(uint8[::1])")
+def halve_codes(codes: np.ndarray) -> None:
+    """Turns FP8 e4m3 codes [n] into those of half the values, ties among the smallest to even. No NaN comes in, none
+    goes out."""
     for i in range(codes.shape[0]):
         magnitude = np.uint8(codes[i] & np.uint8(0x7F))
         half = np.uint8((magnitude >> np.uint8(1)) + (magnitude & (magnitude >> np.uint8(1)) & np.uint8(1)))
         half = np.uint8(magnitude - np.uint8(8)) if magnitude >= np.uint8(16) else half
-        out[i] = np.uint8(half | (codes[i] & np.uint8(0x80)))
+        codes[i] = np.uint8(half | (codes[i] & np.uint8(0x80)))
+
+
+@_compiled(
+    "void(uint8[:,:], float32[:,:], int64, int64, int64, int64, int64, float32[:,::1], float64[::1])",
+    fastmath={"reassoc"},
+)
+def add_by_code(
+    codes: np.ndarray,
+    scale: np.ndarray,
+    row: int,
+    column: int,
+    block_rows: int,
+    block_columns: int,
+    step: int,
+    tables: np.ndarray,
+    sums: np.ndarray,
+) -> None:
+    """sums[t] += the sum of tables[t][code] * (the scale of its block)^2 over every `step`-th row of a window that
+    begins at (row, column), see decode_values."""
+    rows, columns = codes.shape
+    for i in range(0, rows, step):
+        for j in range(column // block_columns, (column + columns - 1) // block_columns + 1):
+            left, right = max(j * block_columns - column, 0), min((j + 1) * block_columns - column, columns)
+            source, square = codes[i, left:right], np.float64(scale[(row + i) // block_rows, j]) ** 2
+            for t in range(len(tables)):
+                table, found = tables[t], np.float32(0)
+                for k in range(right - left):
+                    found += table[source[k]]
+                sums[t] += found * square
 
 
 @_compiled("void(uint8[:,:], float32[:,:], int64, int64, int64, int64, float32[:,::1])")

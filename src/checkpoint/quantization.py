@@ -27,7 +27,6 @@ _FOREIGN = (
     "SCB",
     "W_q",
 )
-_FOREIGN_DTYPES = ("I8", "U8", "F8_E5M2")
 
 
 def with_stored_blocks(config: ModelConfig, source: TensorSource) -> ModelConfig:
@@ -63,8 +62,6 @@ def _foreign(source: TensorSource, expected: Mapping[str, Shape]) -> tuple[str, 
         weight = weight_of(name)
         if weight not in expected:
             continue
-        if name == weight and entry.dtype in _FOREIGN_DTYPES:
-            return name, f"of {entry.dtype}"
         if name == weight + PACKED_SUFFIX:
             if entry.dtype != "I32":
                 return name, f"packed in {entry.dtype}"

@@ -7,22 +7,19 @@ the largest of a cell to 240. Nothing is ever cut off.
 Rows and columns are those of the source [output, input]; codes and scales lie transposed, [input, output].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..errors import CheckpointError
 from .fp8 import CODE_VALUES
-from .numba_kernels import copy_strips, halve_codes, quantize_cells, transpose_bytes
-from .units import Range
+from .numba_kernels import add_by_code, copy_strips, halve_codes, quantize_cells, transpose_bytes
+from .units import Range, Region
 
 _STRIP = 1 << 16  # weights in float32 at a time
 _EACH, _MEASURED = 16, 1 << 12  # halving is exact by design: of so many rows one is measured, if weights are many
-_MAGNITUDES = np.arange(1 << 7)
-_SQUARES = np.square(CODE_VALUES[_MAGNITUDES])
-_LOST = np.where(
-    (_MAGNITUDES < 16) & (_MAGNITUDES % 2 == 1), np.float32(2.0**-18), np.float32(0)
-)  # 2**-9 each, squared
+_LOSSY = (np.arange(256) % 128 < 16) & (np.arange(256) % 2 == 1)  # each is off by 2**-9
+_SQUARES_AND_LOST = np.array([CODE_VALUES**2, np.where(_LOSSY, 2.0**-18, 0)], np.float32)
 
 
 def cell_size(rows: Range, columns: Range, scale: np.ndarray) -> tuple[int, int]:
@@ -32,26 +29,42 @@ def cell_size(rows: Range, columns: Range, scale: np.ndarray) -> tuple[int, int]
 
 def lies_within(extent: Range, size: int, block: int) -> bool:
     """Whether each of the cells of `size` that divide the extent lies in one block."""
-    return all(start // block == (start + size - 1) // block for start in range(*extent, size))
+    if block % size == 0 and extent[0] % size == 0:
+        return True
+    starts = np.arange(*extent, size)
+    return bool((starts // block == (starts + size - 1) // block).all())
+
+
+def lie_within(regions: Sequence[Region], slot: int, scale_shape: tuple[int, ...], block: tuple[int, int]) -> bool:
+    """The same for all that regions take of a source, `slot`; scale_shape: [rows, columns] of each region."""
+    for region in regions:
+        size = region.columns // scale_shape[1], (region.stop - region.start) // scale_shape[0]
+        pieces = (piece.source for piece in region.pieces if piece.block == slot)
+        if not all(lies_within(*pair) for piece in pieces for pair in zip(piece, size, block, strict=True)):
+            return False
+    return True
 
 
 def scale_of_cells(
     scale: np.ndarray, rows: Range, columns: Range, size: tuple[int, int], block: tuple[int, int]
 ) -> np.ndarray:
     """The checkpoint's own scale of each cell, [cells along rows, cells along columns]."""
-    return scale[np.arange(*rows, size[0]) // block[0]][:, np.arange(*columns, size[1]) // block[1]]
+    return scale[np.ix_(np.arange(*rows, size[0]) // block[0], np.arange(*columns, size[1]) // block[1])]
 
 
-def halve(codes: np.ndarray, own: np.ndarray, out: np.ndarray, scale: np.ndarray, what: str) -> np.ndarray:
-    """Codes [rows, columns] of the checkpoint and their scales to those of half and double the size. Returns
-    [sum of squares, sum of squares of the error], both from a part of the rows."""
-    codes, doubled = np.ascontiguousarray(codes), 2 * own.T
-    _check_scale(doubled, what)
-    scale[...] = doubled
-    halved = np.empty_like(codes)
-    halve_codes(codes.reshape(-1), halved.reshape(-1))
-    _transpose(halved, out)
-    return _measured(codes, own)
+def measure(codes: np.ndarray, scale: np.ndarray, row: int, column: int, block: tuple[int, int]) -> np.ndarray:
+    """[sum of squares, sum of squares of what halving loses] of a window of the checkpoint's codes, by some of its rows
+    if they are many."""
+    step, sums = min(_EACH, max(1, codes.size // _MEASURED), len(codes)), np.zeros(2)
+    add_by_code(codes, scale, row, column, *block, step, _SQUARES_AND_LOST, sums)
+    return sums * (len(codes) / len(range(0, len(codes), step)))
+
+
+def halved(codes: np.ndarray) -> np.ndarray:
+    """The codes [rows, columns] of half the values, for scales of double the size."""
+    result = codes.copy()
+    halve_codes(result.reshape(-1))
+    return result
 
 
 def quantize_strips(
@@ -71,9 +84,9 @@ def quantize_strips(
         stop, first = min(start + step, rows[1]), start - rows[0]
         own = scales[first // size[0] : (stop - rows[0]) // size[0]]
         quantize_cells(values((start, stop)), *size, rounded[first : stop - rows[0]], own, sums)
-    _check_scale(scales, what)
+    check_scale(scales, what)
     scale[...] = scales.T
-    _transpose(rounded, codes)
+    transpose(rounded, codes)
     return sums
 
 
@@ -82,16 +95,7 @@ def strip_rows(columns: Range) -> int:
     return max(1, _STRIP // max(1, columns[1] - columns[0]))
 
 
-def _measured(codes: np.ndarray, own: np.ndarray) -> np.ndarray:
-    """[sum of squares, sum of squares of what halving loses] of codes [rows, columns], by some of the rows if many."""
-    step = min(_EACH, max(1, codes.size // _MEASURED), len(codes))
-    taken = np.arange(0, len(codes), step)
-    magnitudes, scales = codes[::step] & 0x7F, own[taken // (len(codes) // len(own))].astype(np.float64)
-    by_cell = (table[magnitudes].reshape(*scales.shape, -1).sum(-1) for table in (_SQUARES, _LOST))
-    return np.array([(sums * scales**2).sum() for sums in by_cell]) * (len(codes) / len(taken))
-
-
-def _transpose(source: np.ndarray, out: np.ndarray) -> None:
+def transpose(source: np.ndarray, out: np.ndarray) -> None:
     """Bytes [rows, columns] to [columns, rows]; eight by eight at a time where sizes and addresses allow."""
     if all(n % 8 == 0 for n in (*source.shape, *out.strides[:1], out.ctypes.data)):
         transpose_bytes(source.view(np.uint64), out.view(np.uint64))
@@ -99,6 +103,7 @@ def _transpose(source: np.ndarray, out: np.ndarray) -> None:
         copy_strips(source, out.T)
 
 
-def _check_scale(scale: np.ndarray, what: str) -> None:
+def check_scale(scale: np.ndarray, what: str) -> None:
+    """Raises CheckpointError where a scale has become infinite."""
     if not np.isfinite(scale).all():
         raise CheckpointError(f"{what}: its weights are too large for FP8 with float32 scales; download it again")

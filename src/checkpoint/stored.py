@@ -1,7 +1,8 @@
 """Under which names, and in which way, a checkpoint stores a weight. The tensors decide, not config.json.
 
 - plain: X.weight, BF16, F16 or F32.
-- FP8: X.weight e4m3, times X.weight_scale_inv or X.weight_scale: one per block, per row ([rows, 1] or [rows]) or in all.
+- FP8: X.weight e4m3, times X.weight_scale_inv or X.weight_scale: one per block, one per row
+  ([rows, 1] or [rows]), or one.
 - INT4: X.weight_packed int32 [rows, columns / 8], value + 8 in each four bits, the lowest first, times X.weight_scale
   [rows, groups]; X.weight_shape.
 

@@ -152,7 +152,8 @@ def _way(reader: CheckpointReader, source: Source, config: ModelConfig) -> str |
         return "FP8 (e4m3) with scales of an unknown kind"
     kind = _SCALE_KINDS.get(reader.entries[scale].dtype, reader.entries[scale].dtype)
     if packed:
-        return f"INT4 in groups of {stored.block[1]}, {kind} scales"
+        whole = stored.block[1] == source.shape[1]
+        return f"INT4 {'with a scale per channel' if whole else f'in groups of {stored.block[1]}'}, {kind} scales"
     if stored.block == weight_block_size(config):
         return f"FP8 (e4m3) in blocks of {stored.block[0]}x{stored.block[1]}, {kind} scales"
     return f"FP8 (e4m3) with a scale per {'tensor' if stored.block == source.shape else 'channel'}, {kind} scales"
