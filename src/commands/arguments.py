@@ -5,6 +5,7 @@ import math
 from typing import NoReturn
 
 from ..errors import ConfigError
+from ..weight_forms import BF16, FORMS
 
 _LARGEST_SEED = 2**32 - 1  # numpy's bound, which transformers.set_seed keeps to
 
@@ -29,6 +30,14 @@ def add_device_graphs(parser: argparse.ArgumentParser) -> None:
         help="run the graphs that NxDI compiles for the device, all ranks in this process (`make graph-env`)",
     )
     parser.allow_abbrev = False
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The form of routed experts, NeuronConfig's `weights`."""
+    what = "; ".join(f"{form.name}: {form.what}" for form in FORMS.values())
+    parser.add_argument(
+        "--weights", choices=list(FORMS), default=BF16.name, help=f"routed experts on a rank: {what} (%(default)s)"
+    )
 
 
 def positive_int(text: str) -> int:
