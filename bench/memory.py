@@ -1,6 +1,7 @@
 """Peak memory of sharding at the released sizes, from a checkpoint of holes: real headers, no disk used.
 
 python bench/memory.py layer [--folder /dev/shm]   one layer of 256 experts, 4 of 64 ranks, 1.5 GB written
+python bench/memory.py kimi [--folder /dev/shm]    one layer of 384 experts, INT4 to FP8, 4 of 64 ranks, 1.1 GB written
 python bench/memory.py model [--folder /tmp]       all 61 layers, one rank; reads 240 GB of holes, writes nothing
 """
 
@@ -16,7 +17,13 @@ from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.checkpoint.summary import inspect_checkpoint
 from nxdi_deepseek.checkpoint.synthetic import write_sparse_checkpoint
 
-CASES = {"layer": (ONE_LAYER, range(4)), "model": (RELEASED, [0])}
+KIMI = ONE_LAYER | {
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "topk_group": 1,
+}
+CASES = {"layer": (ONE_LAYER, range(4), "bf16"), "kimi": (KIMI, range(4), "fp8"), "model": (RELEASED, [0], "bf16")}
 
 
 def main():
@@ -24,7 +31,7 @@ def main():
     parser.add_argument("case", choices=CASES)
     parser.add_argument("--folder", help="where the files of holes, and the output, go")
     args = parser.parse_args()
-    fields, ranks = CASES[args.case]
+    fields, ranks, weights = CASES[args.case]
     with tempfile.TemporaryDirectory(dir=args.folder) as source, tempfile.TemporaryDirectory(dir=args.folder) as out:
         write_sparse_checkpoint(source, fields)
         summary = inspect_checkpoint(source)
@@ -34,14 +41,14 @@ def main():
             # Its 23 GB of zeros would be written for nothing.
             with patch.object(planned_file, "pwrite_all"), patch("shutil.disk_usage") as usage:
                 usage.return_value.free = 1 << 50
-                run(source, out, ranks)
+                run(source, out, ranks, weights)
         else:
-            run(source, out, ranks)
+            run(source, out, ranks, weights)
 
 
-def run(source, out, ranks):
+def run(source, out, ranks, weights):
     start = time.perf_counter()
-    summary = shard_checkpoint(source, out, 64, ranks=ranks)
+    summary = shard_checkpoint(source, out, 64, ranks=ranks, weights=weights)
     show(f"after {summary.bytes / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s")
 
 

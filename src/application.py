@@ -16,10 +16,15 @@ from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name
 from .errors import ConfigError
 from .modeling_deepseek import NeuronDeepseekV3Model
+from .rank_files import check_rank_files
 from .requests import RequestChecks, take_rows
 from .third_party import started_by_torchrun, told
+from .weight_forms import weight_form
 
 __all__ = ["NeuronDeepseekV3ForCausalLM"]
+
+# Of the Neuron XLA backend: how it takes float8_e4m3fn and scalars that are infinite.
+FP8_VARIABLES = {"XLA_HANDLE_SPECIAL_SCALAR": "1", "UNSAFE_FP8FNCAST": "1"}
 
 
 class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
@@ -44,14 +49,18 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     ) -> dict[str, Tensor]:
         """The same from a Hugging Face state dict in memory, with or without the `model.` prefix.
 
-        FP8 blocks are dequantized to torch_dtype, q_a and kv_a are joined, experts fused to [E, H, 2I] and [E, I, H],
-        the router's bias stays float32, rank tensors are added, MTP layers left out. Raises as get_state_dict.
+        FP8 blocks are dequantized to torch_dtype, q_a and kv_a are joined, experts fused to [E, H, 2I] and [E, I, H] in
+        the form of `weights`, the router's bias stays float32, rank tensors are added, MTP layers left out. Raises as
+        get_state_dict.
         """
         return _state_dict(StateDictSource(state_dict), config)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.requests = RequestChecks(self.neuron_config, self.config.vocab_size)
+        if self.neuron_config.quantized and self._runs_on_neuron():
+            # Ahead of compile() and load(): of NxDI's doors inference_demo alone sets them.
+            os.environ.update(FP8_VARIABLES)
 
     @functools.wraps(backend.NeuronBaseForCausalLM.forward, assigned=())  # transformers asks for its arguments
     def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
@@ -125,8 +134,11 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
     @classmethod
     def save_quantized_state_dict(cls, model_path: str, config: DeepseekV3InferenceConfig) -> None:
-        """Refuses, where NxDI's own would load the Hugging Face model into memory and quantize it there."""
-        raise ConfigError("neuron_config: quantized=True is not supported; FP8 weights are dequantized while loading")
+        """Writes nothing, where NxDI's own loads the Hugging Face model into memory and quantizes it there."""
+        print(
+            f"weights {config.neuron_config.weights}: made from {model_path} while it is sharded or loaded; "
+            "quantized_checkpoints_path is not used"
+        )
 
     @staticmethod
     def load_hf_model(model_path: str) -> nn.Module:
@@ -168,7 +180,20 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
             ranks=ranks,
             resume=True,
             config=self.config.model,
+            weights=neuron_config.weights,
         )
+
+    def load_weights(
+        self, compiled_model_path: str, start_rank_id: int | None = None, local_ranks_size: int | None = None
+    ) -> None:
+        """As NxDI's, for files that are this model's. Raises CheckpointError for others, of FP8 weights in a BF16 model
+        for example, which NxDI would load."""
+        neuron_config = self.neuron_config
+        if neuron_config.save_sharded_checkpoint:
+            first = neuron_config.start_rank_id if start_rank_id is None else start_rank_id
+            count = neuron_config.local_ranks_size if local_ranks_size is None else local_ranks_size
+            check_rank_files(compiled_model_path, self.config, range(first, first + count))
+        super().load_weights(compiled_model_path, start_rank_id, local_ranks_size)
 
     def _checkpoint_dir(self) -> str:
         """The folder with the weights. model_path may be the compiled folder, which has none."""
@@ -200,7 +225,8 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
 def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig, rank: int | None = None) -> dict[str, Tensor]:
     neuron_config = config.neuron_config
-    return state_dict_of(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree, rank)
+    form = weight_form(neuron_config.weights)
+    return state_dict_of(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree, rank, form)
 
 
 def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:

@@ -10,6 +10,7 @@ from .dtypes import BY_TORCH
 from .errors import ConfigError
 from .model_config import OTHER_FORM_IN_JSON, ModelConfig, load_model_config, read_config_json, read_model_config
 from .neuron_values import check_values
+from .quantized_fields import check_weights, fill_weights
 from .saved_config import CONFIG_FILE, check_saved_config, restore_enums
 from .third_party import told
 
@@ -39,7 +40,8 @@ _UNSUPPORTED = {
     "layer_boundary_markers": (False, "leave it off"),
     "attn_block_tkg_nki_kernel_enabled": (False, "NxDI's attention kernels do not cover latent attention"),
     "fused_qkv": (False, "leave it off; the down-projections are always fused"),
-    "quantized": (False, "FP8 checkpoints are dequantized while loading"),
+    "quantized_mlp_kernel_enabled": (False, "FP8 is for routed experts alone"),
+    "activation_quantization_type": (None, "activations are not quantized"),
 }
 # Attributes that NxDI reads and config.json may lack, with their defaults.
 _ASKED_BY_NXDI = {"hidden_act": "silu", "output_attentions": False, "output_hidden_states": False}
@@ -51,6 +53,7 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
     The plain blockwise kernel of NxD 2.29 raises NotImplementedError for prompts of 64 tokens and more, so the default
     is the one sharded over blocks. Blocks have 128 rows, the fewest that it takes: each expert may leave one block
     nearly empty. Pass `blockwise_matmul_config` to choose otherwise.
+    weights: the form of routed experts on a rank, a name of weight_forms.FORMS. NxDI's fields for it are filled in.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -61,8 +64,9 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
             "blockwise_matmul_config",
             {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG", "block_size": 128},
         )
-        kwargs = _from_saved(kwargs)
+        kwargs = fill_weights(_from_saved(kwargs))
         check_values(kwargs)
+        self.weights: str = kwargs.pop("weights")
         with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value
             super().__init__(**kwargs)
 
@@ -117,6 +121,7 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
     def validate_config(self) -> None:
         self.model.check_tensor_parallel(self.neuron_config.tp_degree)
         self._validate_neuron_config()
+        check_weights(self.neuron_config, self.model)
 
     def _validate_neuron_config(self) -> None:
         neuron_config = self.neuron_config

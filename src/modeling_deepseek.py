@@ -291,6 +291,19 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         super().init_inference_optimization(config)
         self.kv_mgr = LatentKVCacheManager(config, num_kv_head=self.num_key_value_heads)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuronDeepseekV3Model":
+        """Moves and casts like any module, but leaves FP8 weights and their scales what they are: NxDI casts both to
+        bfloat16."""
+        kept = {
+            id(tensor) for name, tensor in self.named_parameters() if name.endswith(".scale") or tensor.itemsize == 1
+        }
+
+        def keep_fp8(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in kept and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_fp8, recurse)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *args: Any, **kw: Any) -> Any:
         """As the base model's, with padding at position -1 in prompts.
 

@@ -14,6 +14,7 @@ from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
 from torch import Tensor, nn
 
 from .embedded.modules import RMSNorm
+from .nxdi_experts import ScaledExpertMatmul, quantize_experts
 from .nxdi_generation import NxDIGenerationAdapter as HuggingFaceGenerationAdapter
 
 
@@ -33,10 +34,23 @@ def build_moe(config: Any, router: nn.Module) -> nn.Module:
     The router returns final mixing weights, so NxD must not normalise them again.
     """
     moe_config = copy.copy(config)
-    moe_config.neuron_config = copy.copy(config.neuron_config)
-    moe_config.neuron_config.normalize_top_k_affinities = False
+    moe_config.neuron_config = neuron_config = copy.copy(config.neuron_config)
+    neuron_config.normalize_top_k_affinities = False
+    neuron_config.blockwise_matmul_config = _with_scales(neuron_config)
     moe_config.num_local_experts = config.model.n_routed_experts
     moe_config.intermediate_size = config.model.moe_intermediate_size
     moe = initialize_moe_module(moe_config)
     moe.router = router
+    if neuron_config.quantized:
+        quantize_experts(moe.expert_mlps, neuron_config)
     return moe
+
+
+def _with_scales(neuron_config: Any) -> Any:
+    """The config of the expert matmul; for the kernel that applies scales of channels, with the class that passes
+    them."""
+    matmul = neuron_config.blockwise_matmul_config
+    if neuron_config.weights == "fp8" and matmul.use_shard_on_intermediate_dynamic_while:
+        matmul = copy.copy(matmul)
+        matmul.blockwise_nki_autograd_cls = ScaledExpertMatmul
+    return matmul

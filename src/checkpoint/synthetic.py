@@ -14,6 +14,9 @@ from .fp8 import SCALE_SUFFIX, quantize_blocks, scale_shape
 from .header import build_header
 from .layout import Source, model_layout, mtp_layout
 from .reader import INDEX_FILE, CheckpointReader
+from .stored import PACKED_SUFFIX, WEIGHTS_IN_WORD
+
+_GROUP = 32
 
 
 def write_checkpoint(model_dir: str | Path, config: dict[str, Any], seed: int = 0, shards: int = 3) -> None:
@@ -37,14 +40,13 @@ def write_checkpoint(model_dir: str | Path, config: dict[str, Any], seed: int = 
 
 
 def write_sparse_checkpoint(model_dir: str | Path, config: dict[str, Any], shards: int = 163) -> None:
-    """Writes a checkpoint of any size in files of holes: true headers, no disk used, all weights and scales zero."""
+    """Writes a checkpoint of any size in files of holes: true headers, no disk used, all weights and scales zero.
+
+    With a quantization_config of format pack-quantized the routed experts are INT4 in groups of 32, all else BF16.
+    """
     model_dir = Path(model_dir)
-    tensors = []
-    for source in _sources(config):
-        stored = _stored_dtype(source, config)
-        tensors.append((source.name, stored, source.shape))
-        if stored == "F8_E4M3":
-            tensors.append((source.name + SCALE_SUFFIX, "F32", scale_shape(source.shape, _block_size(config))))
+    tensors = [tensor for source in _sources(config) for tensor in _sparse_tensors(source, config)]
+    shapes = {f"{source.name}_shape": source.shape for source in _sources(config)}
     weight_map = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:06d}.safetensors"
@@ -53,8 +55,24 @@ def write_sparse_checkpoint(model_dir: str | Path, config: dict[str, Any], shard
         with (model_dir / file).open("wb") as out:
             out.write(head)
             out.truncate(len(head) + sum(entry.nbytes for entry in entries.values()))
+            for name in entries.keys() & shapes.keys():
+                out.seek(entries[name].offset)
+                out.write(torch.tensor(shapes[name]).numpy().tobytes())
         weight_map.update((name, file) for name, _, _ in part)
     _write_json(model_dir, config, {"metadata": {}, "weight_map": weight_map})
+
+
+def _sparse_tensors(source: Source, config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of the tensors that store a weight."""
+    stored, (rows, *columns) = _stored_dtype(source, config), source.shape
+    if stored == "INT4":
+        yield source.name + PACKED_SUFFIX, "I32", (rows, columns[0] // WEIGHTS_IN_WORD)
+        yield source.name + "_scale", "BF16", (rows, columns[0] // _GROUP)
+        yield source.name + "_shape", "I64", (2,)
+        return
+    yield source.name, stored, source.shape
+    if stored == "F8_E4M3":
+        yield source.name + SCALE_SUFFIX, "F32", scale_shape(source.shape, _block_size(config))
 
 
 def fill_rows(model_dir: str | Path, name: str, count: int, generator: torch.Generator) -> None:
@@ -83,9 +101,11 @@ def _tensors(config: dict[str, Any], generator: torch.Generator) -> Iterator[tup
 
 
 def _stored_dtype(source: Source, config: dict[str, Any]) -> str:
-    """As in the release, by safetensors' names; float32 without quantization_config."""
+    """As in the release, by safetensors' names, and INT4; float32 without quantization_config."""
     if source.name.endswith("e_score_correction_bias") or not config.get("quantization_config"):
         return "F32"
+    if config["quantization_config"].get("format") == "pack-quantized":
+        return "INT4" if ".mlp.experts." in source.name else "BF16"
     quantized = source.name.endswith(("_proj.weight", "_proj_with_mqa.weight")) and "eh_proj" not in source.name
     return "F8_E4M3" if quantized else "BF16"
 

@@ -5,6 +5,7 @@ import math
 from typing import NoReturn
 
 from ..errors import ConfigError
+from ..weight_forms import BF16, FORMS
 
 _LARGEST_SEED = 2**32 - 1  # numpy's bound, which transformers.set_seed keeps to
 
@@ -36,6 +37,14 @@ def file_name(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file or folder")
     return text
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The form of routed experts, NeuronConfig's `weights`."""
+    what = "; ".join(f"{form.name}: {form.what}" for form in FORMS.values())
+    parser.add_argument(
+        "--weights", choices=list(FORMS), default=BF16.name, help=f"routed experts on a rank: {what} (%(default)s)"
+    )
 
 
 def positive_int(text: str) -> int:

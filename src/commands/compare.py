@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .arguments import file_name
+from ..weight_forms import BF16, weight_form
+from .arguments import add_weights, file_name
 
 if TYPE_CHECKING:
     from ..accuracy.comparison import Comparison
@@ -28,8 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", choices=("embedded", "nxdi"), help="what runs the model (default: NxDI if found)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to run the model in")
+    add_weights(parser)
     parser.add_argument(
-        "--gates", type=file_name, metavar="FILE", help="JSON with the bounds to reach; default: those of the dtype"
+        "--gates",
+        type=file_name,
+        metavar="FILE",
+        help="JSON with the bounds to reach; default: those of the dtype, of bfloat16 for FP8",
     )
     parser.add_argument("--bisect", action="store_true", help="name the first module that is wrong (golden --trace)")
     parser.add_argument(
@@ -47,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
     golden = load_recording(args.golden)
     if args.bisect and not golden.has_trace:
         raise ConfigError(f"{args.golden}: holds no trace; run golden with --trace")
+    if args.weights != BF16.name and not _is_checkpoint(args.subject):
+        raise ConfigError(f"--weights {args.weights}: is for a checkpoint folder, which {args.subject} is not")
+    _check_bisect(args, args.weights)
     gates = read_gates(args.gates) if args.gates else None
     if args.out:
         make_folder(args.out)  # now, not after hours of running
@@ -56,6 +64,20 @@ def run(args: argparse.Namespace) -> int:
         write_report(comparison, args.out)
         print(f"report: {os.path.join(args.out, 'report.html')}")
     return 0 if comparison.passed else 1
+
+
+def _is_checkpoint(subject: str) -> bool:
+    from ..accuracy.recording import is_recording
+
+    return not (is_recording(subject) or os.path.exists(os.path.join(subject, _COMPILED_CONFIG)))
+
+
+def _check_bisect(args: argparse.Namespace, weights: str) -> None:
+    if args.bisect and weight_form(weights).is_fp8:
+        raise ConfigError(
+            f"--bisect: weights {weights} depart from golden's by more than rounding, in every layer; leave it out, or "
+            f"run with weights {BF16.name}"
+        )
 
 
 def _compare_run(args: argparse.Namespace, golden: "Recording", gates: dict[str, float] | None) -> "Comparison":
@@ -88,7 +110,8 @@ def _run_model(args: argparse.Namespace, golden: "Recording", gates: dict[str, f
         raise ConfigError(f"--backend {args.backend}: this process runs on {backend.NAME} already")
     print(backend.describe())
     model = _load_model(args, golden)
-    return evaluate(model, golden, gates or DEFAULTS[dtype_of(model)], args.bisect)
+    judged_as = "bfloat16" if model.neuron_config.quantized else dtype_of(model)
+    return evaluate(model, golden, gates or DEFAULTS[judged_as], args.bisect)
 
 
 def _load_model(args: argparse.Namespace, golden: "Recording") -> "NeuronDeepseekV3ForCausalLM":
@@ -103,10 +126,11 @@ def _load_model(args: argparse.Namespace, golden: "Recording") -> "NeuronDeepsee
     if not os.path.exists(os.path.join(args.subject, _COMPILED_CONFIG)):
         check_same_model(golden, dimensions(load_model_config(args.subject)))
         prompts, steps = [entry.prompt for entry in golden.entries], golden.rule().max_new_tokens
-        return load_model(args.subject, prompts, steps, args.dtype, seq_len=None, tp_degree=1)
+        return load_model(args.subject, prompts, steps, args.dtype, seq_len=None, tp_degree=1, weights=args.weights)
     with readable(Path(args.subject, _COMPILED_CONFIG), "compile again"):
         config = DeepseekV3InferenceConfig.load(args.subject)
     check_same_model(golden, dimensions(config.model))
+    _check_bisect(args, config.neuron_config.weights)
     model = NeuronDeepseekV3ForCausalLM(args.subject, config)
     needed = max(len(entry.prompt) + len(entry.tokens) for entry in golden.entries)
     if needed > model.neuron_config.max_context_length:

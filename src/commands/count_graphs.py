@@ -15,6 +15,8 @@ from ..graph_cost.request import PARTS, PHASES, Request
 from ..graph_cost.table import format_comparison, format_costs
 from ..graph_cost.time_model import Machine, bound
 from ..model_config import read_config_json
+from ..weight_forms import BF16, weight_form
+from .arguments import add_weights
 
 _GRAPHS = (
     *(f"attention,prefill,{length},1" for length in (512, 2048, 8192, 32768)),
@@ -32,7 +34,7 @@ _MACHINE_OPTIONS = {
 }
 
 # Fields of the NeuronConfig that the other arguments decide.
-_FIXED_FIELDS = {"tp_degree", "seq_len", "max_context_length", "batch_size"}
+_FIXED_FIELDS = {"tp_degree", "seq_len", "max_context_length", "batch_size", "weights"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("graphs", nargs="*", metavar="GRAPH", help=f"{parts},{phases},LENGTH,BATCH; a set if not given")
     parser.add_argument("--model-dir", help="folder with a config.json; the released 671B model's if not given")
     parser.add_argument("--tp-degree", type=int, default=64, help="ranks that share the model (%(default)s)")
+    add_weights(parser)
     parser.add_argument("--neuron-config", type=_json_object, default={}, help="more NeuronConfig fields, as JSON")
     parser.add_argument("--impl", help="folder of another package, which holds modeling_deepseek.py; it is run")
     parser.add_argument("--compare", action="store_true", help="with --impl: both, side by side")
@@ -65,7 +68,7 @@ def _json_object(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError("is not a JSON object")
     taken = sorted(_FIXED_FIELDS & fields.keys())
     if taken:
-        raise argparse.ArgumentTypeError(f"holds {', '.join(taken)}, which GRAPH and --tp-degree say")
+        raise argparse.ArgumentTypeError(f"holds {', '.join(taken)}, which other arguments say")
     return fields
 
 
@@ -88,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
 def _requests(args: argparse.Namespace) -> list[Request]:
     """What to lower, checked as far as it goes before a process starts."""
     config = read_config_json(args.model_dir) if args.model_dir else RELEASED_CONFIG
-    fields = {"tp_degree": args.tp_degree, "config": config, "neuron_config": args.neuron_config}
+    neuron_config = args.neuron_config | ({} if args.weights == BF16.name else {"weights": args.weights})
+    fields = {"tp_degree": args.tp_degree, "config": config, "neuron_config": neuron_config}
     requests = [Request.parse(text, **fields) for text in args.graphs or _GRAPHS]
-    requests[0].model.check_tensor_parallel(args.tp_degree)
+    weight_form(args.weights).check(requests[0].model, args.tp_degree)
     possible = [request for request in requests if request.layer is not None]
     if args.graphs and len(possible) < len(requests):
         missing = next(request for request in requests if request.layer is None)

@@ -13,8 +13,10 @@ from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pre
 from ..device_graphs import process
 from ..errors import ConfigError
 from ..streaming import BatchStreamer, TextPrinter
+from ..weight_forms import BF16
 from .arguments import (
     add_device_graphs,
+    add_weights,
     file_name,
     non_negative_float,
     non_negative_int,
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-len", type=positive_int, help="bound of prompt and new tokens; what they need if not given"
     )
     parser.add_argument("--tp-degree", type=positive_int, default=1, help="under torchrun: its number of processes")
+    add_weights(parser)
     add_device_graphs(parser)
 
 
@@ -54,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     print(backend.describe())
     tokenizer, prompts = read_prompts(args)
-    model = load_model(args.model_dir, prompts, args.max_new_tokens, args.dtype, args.seq_len, args.tp_degree)
+    lengths = args.max_new_tokens, args.dtype, args.seq_len, args.tp_degree
+    model = load_model(args.model_dir, prompts, *lengths, weights=args.weights)
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
     adapter.generation_config = read_generation_config(args.model_dir, model.config.model)
@@ -68,7 +72,13 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def load_model(
-    model_dir: str, prompts: list[list[int]], max_new_tokens: int, dtype: str, seq_len: int | None, tp_degree: int
+    model_dir: str,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    dtype: str,
+    seq_len: int | None,
+    tp_degree: int,
+    weights: str = BF16.name,
 ) -> NeuronDeepseekV3ForCausalLM:
     """A model with room for the prompts and `max_new_tokens` more. Raises ConfigError when seq_len is too short, or
     longer than the model knows positions."""
@@ -78,7 +88,11 @@ def load_model(
     if process.is_prepared():  # the device's experts share out the tokens of a prompt among the ranks
         needed = -(-needed // tp_degree) * tp_degree
     neuron_config = DeepseekV3NeuronConfig(
-        batch_size=len(prompts), seq_len=seq_len or needed, torch_dtype=getattr(torch, dtype), tp_degree=tp_degree
+        batch_size=len(prompts),
+        seq_len=seq_len or needed,
+        torch_dtype=getattr(torch, dtype),
+        tp_degree=tp_degree,
+        weights=weights,
     )
     config = DeepseekV3InferenceConfig(neuron_config, load_config=load_pretrained_config(model_dir))
     check_ids(prompts, config.vocab_size)

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model_dir",
         type=file_name,
-        help="folder to write: config.json, index and shards in the dtype of the rank files",
+        help="folder to write: config.json, index and shards in the dtype of the rank files; fp8-block experts in FP8",
     )
     parser.add_argument("--jobs", type=int, help="threads; one per core if not given")
 

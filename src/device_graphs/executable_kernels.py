@@ -14,6 +14,9 @@ from . import rank_zero
 
 # What NxD passes its expert kernels: SiLU, and affinities that scale the expert's output.
 _SILU, _POST_SCALE = 0, ("POST_SCALE", "1")
+_SCALES = ("gate_up_proj_scale", "down_proj_scale")
+_BIASES = ("gate_up_proj_bias", "down_proj_bias")
+_CLAMPS = ("gate_clamp_upper_limit", "gate_clamp_lower_limit", "up_clamp_upper_limit", "up_clamp_lower_limit")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dim: int) -> Tensor:
@@ -23,9 +26,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dim: int) -> Tensor:
 
 
 def blockwise_matmul(args: Any) -> Tensor:
+    """As scaled_blockwise_matmul, for the kernel that takes scales and leaves them out: they are refused."""
+    _refuse(args, _SCALES)
+    return scaled_blockwise_matmul(args)
+
+
+def scaled_blockwise_matmul(args: Any) -> Tensor:
     """args: NxD's BlockwiseMatmulArgs. Adds up, for every token [T, H], what the experts of its blocks compute.
 
-    Rows of a block that hold no token are -1, or T with a further row of zeros among the tokens.
+    Rows of a block that hold no token are -1, or T with a further row of zeros among the tokens. Scales, float32 of E
+    rows of 2I and H values, multiply what comes out of FP8 weights.
     """
     _check_supported(args)
     hidden_TH, experts_N = args.hidden_states, args.block_to_expert.long()
@@ -34,24 +44,38 @@ def blockwise_matmul(args: Any) -> Tensor:
     is_token_NB1 = (tokens_NB >= 0).unsqueeze(-1)
     tokens_NB = tokens_NB.clamp(min=0)
     affinities_TE = args.expert_affinities_masked.view(len(hidden_TH), -1)
-    gate_up = torch.einsum("nbh,nhci->nbci", hidden_TH[tokens_NB], gate_up_EHcI[experts_N])
-    gate_NBI, up_NBI = gate_up.unbind(2)
-    expert_NBH = torch.einsum("nbi,nih->nbh", F.silu(gate_NBI) * up_NBI, down_EIH[experts_N])
+    dtype = hidden_TH.dtype
+    gate_up = torch.einsum("nbh,nhci->nbci", hidden_TH[tokens_NB], gate_up_EHcI[experts_N].to(dtype))
+    gate_NBI, up_NBI = _scaled(gate_up.flatten(2), args.gate_up_proj_scale, experts_N).chunk(2, dim=-1)
+    expert_NBH = torch.einsum("nbi,nih->nbh", F.silu(gate_NBI) * up_NBI, down_EIH[experts_N].to(dtype))
+    expert_NBH = _scaled(expert_NBH, args.down_proj_scale, experts_N)
     scale_NB1 = affinities_TE[tokens_NB, experts_N.unsqueeze(-1)].unsqueeze(-1)
     scaled_NBH = torch.where(is_token_NB1, expert_NBH * scale_NB1, 0).to(args.output.dtype)
     return torch.zeros_like(args.output).index_add(0, tokens_NB.flatten(), scaled_NBH.flatten(0, 1))
 
 
+def _scaled(x_NBC: Tensor, scale: Tensor | None, experts_N: Tensor) -> Tensor:
+    """Multiplies in float32 with the scales of each block's expert, one for each of C channels."""
+    if scale is None:
+        return x_NBC
+    scale_EC = scale.reshape(len(scale), x_NBC.shape[-1])
+    return (x_NBC.to(torch.float32) * scale_EC[experts_N].unsqueeze(1)).to(x_NBC.dtype)
+
+
 def _check_supported(args: Any) -> None:
     """Refuses what the form above would leave out."""
-    optional = ("gate_up_proj_bias", "down_proj_bias", "gate_up_proj_scale", "down_proj_scale")
-    limits = ("gate_clamp_upper_limit", "gate_clamp_lower_limit", "up_clamp_upper_limit", "up_clamp_lower_limit")
-    given = [name for name in (*optional, *limits) if getattr(args, name) is not None]
-    if args.kernel_act_fn != _SILU or given:
-        raise DeviceGraphError(f"the expert kernel runs here with SiLU alone, not with {given or args.kernel_act_fn}")
+    _refuse(args, _BIASES + _CLAMPS)
+    if args.kernel_act_fn != _SILU:
+        raise DeviceGraphError(f"the expert kernel runs here with SiLU alone, not with {args.kernel_act_fn}")
     scaling = args.expert_affinities_scaling_mode
     if str(scaling).rpartition(".")[2] not in _POST_SCALE:  # a member of an enumeration or of its stand-in
         raise DeviceGraphError(f"the expert kernel runs here with affinities that scale its output, not {scaling}")
+
+
+def _refuse(args: Any, options: tuple[str, ...]) -> None:
+    given = [name for name in options if getattr(args, name) is not None]
+    if given:
+        raise DeviceGraphError(f"the expert kernel runs here without {', '.join(given)}")
 
 
 def fill_prefix(cache: Tensor, prefix: Tensor) -> Tensor:

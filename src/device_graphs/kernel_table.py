@@ -32,8 +32,14 @@ KERNELS = (
     Kernel(RMS_NORM, (f"{_OPS}:RmsNorm",), executable.rms_norm, neuron_ops.rms_norm),
     Kernel(
         BLOCKWISE_MATMUL,
-        (f"{_BLOCKWISE}:_call_bwmm_shard_on_block_kernel", f"{_BLOCKWISE}:_call_shard_on_intermediate_kernel"),
+        (f"{_BLOCKWISE}:_call_bwmm_shard_on_block_kernel",),
         executable.blockwise_matmul,
+        neuron_ops.blockwise_matmul,
+    ),
+    Kernel(
+        f"{BLOCKWISE_MATMUL}, sharded by intermediate",
+        (f"{_BLOCKWISE}:_call_shard_on_intermediate_kernel",),
+        executable.scaled_blockwise_matmul,
         neuron_ops.blockwise_matmul,
     ),
     # Not in NxD's release, but other packages were written for one that has it.

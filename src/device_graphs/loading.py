@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoint.sharder import shard_checkpoint
 from ..dtypes import dtype_name
 from ..errors import DeviceGraphError
+from ..rank_files import check_rank_files
 from .device_model import BucketGraph, DeviceModel, Lowering, TracedModule
 from .rank_zero import lower, named_tensors, rank_zero
 from .replicas import Replicas
@@ -22,18 +23,20 @@ def load_on_device_graphs(model: Any, compiled_path: str | Path | None = None) -
     """Makes `model`, a causal LM of NxDI that is not loaded yet, run its device graphs: all ranks, in this process.
 
     compiled_path: folder that holds the rank files in weights/, as compile() and `nxdi-deepseek shard` write them; from
-    the model's checkpoint where it is None. Raises DeviceGraphError for graphs that do not fit the weights or caches.
+    the model's checkpoint where it is None. Raises DeviceGraphError for graphs that do not fit the weights or caches,
+    CheckpointError for rank files that are another model's.
     """
     if compiled_path is None:
         with tempfile.TemporaryDirectory() as folder:
             return _load(model, _shard(model, folder))
+    check_rank_files(compiled_path, model.config, range(model.neuron_config.tp_degree))
     return _load(model, _read_ranks(model, Path(compiled_path)))
 
 
 def _shard(model: Any, folder: str) -> list[dict[str, Tensor]]:
     neuron_config = model.neuron_config
-    dtype = dtype_name(neuron_config.torch_dtype)
-    shard_checkpoint(model._checkpoint_dir(), folder, neuron_config.tp_degree, dtype)
+    dtype, weights = dtype_name(neuron_config.torch_dtype), neuron_config.weights
+    shard_checkpoint(model._checkpoint_dir(), folder, neuron_config.tp_degree, dtype, weights=weights)
     return _read_ranks(model, Path(folder))
 
 

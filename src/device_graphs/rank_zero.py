@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..dtypes import BY_TORCH, dtype_name
 from ..errors import DeviceGraphError
 from ..graph_cost.hlo import Graph
 
@@ -69,9 +70,11 @@ class LoweredGraph:
 
 def placeholder(tensor: Tensor) -> Tensor:
     """On the XLA device, of the same shape and dtype, without a value: reading it ends the process."""
-    from torch_xla.core import xla_builder
+    import torch_xla
 
-    return xla_builder.create_placeholder_tensor(tuple(tensor.shape), tensor.dtype)
+    # create_placeholder_tensor of torch_xla's xla_builder does this too, without FP8.
+    shape = {"type": BY_TORCH[dtype_name(tensor.dtype)].hlo.lower(), "sizes": tuple(tensor.shape)}
+    return torch_xla._XLAC._xla_create_placeholder_tensor(shape)
 
 
 def random_input(like: Tensor) -> Tensor:

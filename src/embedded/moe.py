@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoint.fp8 import FP8_DTYPE
+from ..weight_forms import DOWN, GATE_UP, weight_form
 from .parallel_layers import ColumnParallelLinear, RowParallelLinear
 from .parallel_state import gather_sequence, reduce, tensor_parallel_size
 
@@ -17,27 +19,65 @@ class ExpertWeights(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """x [T, input]. Returns [T, output]."""
+        return x @ self.weight[expert]
+
+
+class Fp8ExpertWeights(ExpertWeights):
+    """FP8 weights with float32 scales: of channels, [experts, 1, output], which multiply what comes out, or of blocks,
+    [experts, input / rows, output / columns], with which weights are dequantized ahead. In both, as NxD's layers do."""
+
+    def __init__(self, shape: tuple[int, int, int], scale_shape: tuple[int, int, int]):
+        super().__init__(shape, FP8_DTYPE)
+        self.scale = nn.Parameter(torch.empty(scale_shape, dtype=torch.float32), requires_grad=False)
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        codes, scale = self.weight[expert], self.scale[expert]
+        if scale.shape == (1, codes.shape[1]):
+            return ((x @ _values(codes, x.dtype)).to(torch.float32) * scale).to(x.dtype)
+        for axis, size in enumerate(codes.shape):
+            scale = scale.repeat_interleave(size // scale.shape[axis], dim=axis)
+        return x @ (_values(codes, torch.float32) * scale).to(x.dtype)
+
+
+def _values(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """What finite codes stand for. torch converts them one by one; shifted, their bits are those of a float16 that is
+    2^8 times smaller, and arithmetic on these is fast."""
+    bits = (codes.view(torch.int8).to(torch.int16) << 7) & ~0x4000  # the sign is there twice
+    return bits.view(torch.float16).to(dtype) * 2**8
+
 
 class Experts(nn.Module):
     """SwiGLU experts; the intermediate axis is split over the ranks, [gate | up] side by side on each."""
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype):
+    def __init__(self, config: Any):
         super().__init__()
-        width = intermediate_size // tensor_parallel_size()
-        self.gate_up_proj = ExpertWeights((num_experts, hidden_size, 2 * width), dtype)
-        self.down_proj = ExpertWeights((num_experts, width, hidden_size), dtype)
+        model = config.model
+        experts, hidden = model.n_routed_experts, model.hidden_size
+        width = model.moe_intermediate_size // tensor_parallel_size()
+        self.gate_up_proj = _expert_weights(config, GATE_UP, (experts, hidden, 2 * width))
+        self.down_proj = _expert_weights(config, DOWN, (experts, width, hidden))
 
     def forward(self, hidden_states: Tensor, expert: int) -> Tensor:
-        gate, up = (hidden_states @ self.gate_up_proj.weight[expert]).chunk(2, dim=-1)
-        return (F.silu(gate) * up) @ self.down_proj.weight[expert]
+        gate, up = self.gate_up_proj(hidden_states, expert).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up, expert)
+
+
+def _expert_weights(config: Any, projection: str, shape: tuple[int, int, int]) -> ExpertWeights:
+    neuron_config = config.neuron_config
+    scale = weight_form(neuron_config.weights).scale(projection, config.model, neuron_config.tp_degree)
+    if scale is None:
+        return ExpertWeights(shape, neuron_config.torch_dtype)
+    return Fp8ExpertWeights(shape, scale.rank_shape(neuron_config.tp_degree))
 
 
 class ExpertMLPs(nn.Module):
     """Sums each token's chosen experts. Only experts that some token chose are computed, on just those tokens."""
 
-    def __init__(self, *shape: int, dtype: torch.dtype):
+    def __init__(self, config: Any):
         super().__init__()
-        self.mlp_op = Experts(*shape, dtype=dtype)
+        self.mlp_op = Experts(config)
 
     def forward(self, hidden_states: Tensor, expert_affinities: Tensor, expert_index: Tensor) -> Tensor:
         """hidden_states [T, H], expert_affinities [T, E] final weights, expert_index [T, K]. Returns [T, H]."""
@@ -92,6 +132,5 @@ class MoE(nn.Module):
 def build_moe(config: Any, router: nn.Module) -> MoE:
     """The MoE module of one layer, with the given router."""
     dtype, hidden, width = config.neuron_config.torch_dtype, config.hidden_size, config.moe_intermediate_size
-    experts = ExpertMLPs(config.n_routed_experts, hidden, width, dtype=dtype)
     shared = SharedExperts(hidden, width * config.n_shared_experts, dtype) if config.n_shared_experts else None
-    return MoE(router, experts, shared, config.neuron_config.sequence_parallel_enabled)
+    return MoE(router, ExpertMLPs(config), shared, config.neuron_config.sequence_parallel_enabled)

@@ -18,6 +18,13 @@ _WITHOUT_USE = (
     "logical_nc_config",
     "save_sharded_checkpoint",
     "disable_numeric_cc_token",
+    "quantized_checkpoints_path",
+    "quantization_type",
+    "quantization_dtype",
+    "quantization_scale_dtype",
+    "quantization_block_axis",
+    "quantization_block_size",
+    "modules_to_not_convert",
 )
 
 
@@ -50,6 +57,7 @@ class MoENeuronConfig:
         self.overrides_torch_dtype: bool = kwargs.pop("overrides_torch_dtype", "torch_dtype" in kwargs)
         dtype = kwargs.pop("torch_dtype", torch.bfloat16)
         self.torch_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.quantized: bool = kwargs.pop("quantized", False)
         for name in _WITHOUT_USE:
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))

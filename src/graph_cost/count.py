@@ -54,6 +54,7 @@ class GraphCost:
     # What the graph alone does not tell.
     parameter_bytes: int = 0  # weights on this rank
     parameter_bytes_read: int = 0
+    parameter_dtypes: dict[str, int] = field(default_factory=dict)  # bytes of the weights that are used, by type
     parameters_unread: dict[str, int] = field(default_factory=dict)  # bytes of each weight that the graph does not use
     kv_bytes_per_token: int = 0
     flop_counter: int = 0  # torch's count of the dot FLOPs, on meta tensors

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import sys
 import traceback
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..device_graphs import process
+from ..device_graphs.rank_zero import placeholder
 from ..errors import DeepseekError, GraphCostError
 from . import neuron_ops
 from .count import GraphCost, bytes_read, count
@@ -39,11 +41,16 @@ def lower(request: Request) -> GraphCost:
         weights = _to_placeholders(part)
         hlo, numbers = _trace(part, weights)
     graph = Graph.from_json(hlo)
-    read = {name: bytes_read(graph.parameters[number]) for name, number in numbers.items()}
+    parameters = graph.parameters
+    read = {name: bytes_read(parameters[number]) for name, number in numbers.items()}
+    dtypes: Counter[str] = Counter()
+    for number in numbers.values():
+        dtypes[parameters[number].shapes[0].dtype] += parameters[number].bytes
     return replace(
         count(graph),
         parameter_bytes=sum(weight.nbytes for weight in weights.values()),
         parameter_bytes_read=sum(read.values()),
+        parameter_dtypes=dict(dtypes),
         parameters_unread={name: weight.nbytes for name, weight in weights.items() if name not in read},
         kv_bytes_per_token=part.kv_bytes_per_token,
         flop_counter=flop_counter,
@@ -82,16 +89,13 @@ def _to_placeholders(part: nn.Module) -> dict[str, Tensor]:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = placeholder = _placeholder(tensor)
-                    weights[f"{prefix}.{name}"] = placeholder
+                    tensors[name] = weights[f"{prefix}.{name}"] = _placeholder(tensor)
     return {name: weight for name, weight in weights.items() if "kv_mgr" not in name}
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
-    from torch_xla.core import xla_builder
-
-    placeholder = xla_builder.create_placeholder_tensor(tuple(tensor.shape), tensor.dtype)
-    return nn.Parameter(placeholder, requires_grad=False) if isinstance(tensor, nn.Parameter) else placeholder
+    held = placeholder(tensor)
+    return nn.Parameter(held, requires_grad=False) if isinstance(tensor, nn.Parameter) else held
 
 
 def _trace(part: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, int]]:

@@ -40,10 +40,11 @@ def blockwise_matmul(args: Any) -> Tensor:
     """args: NxD's BlockwiseMatmulArgs. The kernel adds to `output` what every block's expert computes."""
     inputs = (args.hidden_states, args.expert_affinities_masked, args.gate_up_proj_weight, args.down_proj_weight)
     mapping = (args.token_position_to_id, args.block_to_expert)
+    scales = [scale for scale in (args.gate_up_proj_scale, args.down_proj_scale) if scale is not None]
     _, intermediate, hidden = args.down_proj_weight.shape
     sizes = {"blocks": len(args.block_to_expert), "block_size": args.block_size}
     sizes |= {"hidden": hidden, "intermediate": intermediate}
-    return custom_call(BLOCKWISE_MATMUL, (*inputs, *mapping), like=args.output, config=sizes)
+    return custom_call(BLOCKWISE_MATMUL, (*inputs, *mapping, *scales), like=args.output, config=sizes)
 
 
 def _dispatch(on_meta: Callable[..., Any], on_xla: Callable[..., Any]) -> Callable[..., Any]:

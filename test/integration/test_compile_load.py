@@ -1,7 +1,9 @@
 """compile() and load() on the CPU, the config's way through its JSON file, and what is refused on that way."""
 
 import json
+import os
 import pathlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +14,15 @@ nxdi.require_nxdi()
 
 from neuronx_distributed_inference.models.config import OnDeviceSamplingConfig  # noqa: E402
 from neuronx_distributed_inference.utils.hf_adapter import load_pretrained_config  # noqa: E402
-from nxdi_deepseek.errors import ConfigError  # noqa: E402
+from nxdi_deepseek.application import FP8_VARIABLES  # noqa: E402
+from nxdi_deepseek.checkpoint.sharder import shard_checkpoint  # noqa: E402
+from nxdi_deepseek.errors import CheckpointError, ConfigError  # noqa: E402
 from nxdi_deepseek.modeling_deepseek import (  # noqa: E402
     DeepseekV3InferenceConfig,
     DeepseekV3NeuronConfig,
     NeuronDeepseekV3ForCausalLM,
 )
+from nxdi_deepseek.weight_forms import FORMS  # noqa: E402
 from support.checkpoints import write_served_checkpoint  # noqa: E402
 
 # Values other than NxDI's defaults, of every kind of field: plain, dtype, nested config, enum, negated.
@@ -114,12 +119,62 @@ def test_one_process_is_not_two_ranks(checkpoint):
         model.load(checkpoint)
 
 
-def test_quantizing_is_refused_without_touching_the_checkpoint(checkpoint, tmp_path):
-    config = make_config(checkpoint)
-    with pytest.raises(ConfigError, match="quantized=True is not supported"):
-        NeuronDeepseekV3ForCausalLM.save_quantized_state_dict(str(tmp_path / "no such checkpoint"), config)
-    with pytest.raises(ConfigError, match="quantized=True is not supported"):
-        make_config(checkpoint, quantized=True, quantized_checkpoints_path=str(tmp_path))
+def test_quantizing_touches_neither_checkpoint_nor_path(checkpoint, tmp_path, capsys):
+    """inference_demo and vLLM's plugin call it for every quantized model; NxDI's own loads Hugging Face's."""
+    config = make_config(checkpoint, weights="fp8", quantized_checkpoints_path=str(tmp_path / "quantized"))
+    NeuronDeepseekV3ForCausalLM.save_quantized_state_dict(str(tmp_path / "no such checkpoint"), config)
+    assert "quantized_checkpoints_path is not used" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("weights", FORMS)
+def test_the_compiler_is_told_of_fp8_once(checkpoint, weights):
+    model = NeuronDeepseekV3ForCausalLM(checkpoint, make_config(checkpoint, weights=weights))
+    assert len(model.models) == 2
+    for wrapper in model.models:
+        told = wrapper.compiler_args.count("--experimental-unsafe-fp8e4m3fn-as-fp8e4m3")
+        assert told == (1 if FORMS[weights].is_fp8 else 0)
+
+
+@pytest.mark.parametrize("weights", FORMS)
+def test_the_variables_of_fp8_are_there_ahead_of_compile_and_load(checkpoint, tmp_path, monkeypatch, weights):
+    """Also where vLLM's plugin makes the model of a compiled folder alone."""
+    for name in FP8_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "0") if weights == "bf16" else None
+    make_config(checkpoint, weights=weights).save(tmp_path)
+    NeuronDeepseekV3ForCausalLM(str(tmp_path))
+    assert {os.environ.get(name) for name in FP8_VARIABLES} == {"0" if weights == "bf16" else "1"}
+
+
+@pytest.mark.parametrize(
+    ("files", "model"), [("fp8", "bf16"), ("bf16", "fp8"), ("fp8-block", "fp8"), ("fp8", "fp8-block")]
+)
+def test_rank_files_of_another_form_are_not_loaded(checkpoint, tmp_path, files, model):
+    """NxDI gives the device whatever bytes the files hold."""
+    shard_checkpoint(checkpoint, tmp_path, 2, weights=files)
+    fields = {"tp_degree": 2, "save_sharded_checkpoint": True, "torch_dtype": torch.bfloat16}
+    causal_lm = NeuronDeepseekV3ForCausalLM(checkpoint, make_config(checkpoint, weights=model, **fields))
+    causal_lm.traced_model = object()
+    message = (
+        rf"tp0_sharded_checkpoint.safetensors: layers.1.mlp.expert_mlps.mlp_op.*shard again for weights {model}, bf"
+    )
+    with pytest.raises(CheckpointError, match=message) as error:
+        causal_lm.load_weights(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_rank_files_of_the_same_form_are_loaded(checkpoint, tmp_path, monkeypatch):
+    config = make_config(checkpoint, weights="fp8", tp_degree=2, save_sharded_checkpoint=True)
+    model = NeuronDeepseekV3ForCausalLM(checkpoint, config)
+    model.shard_weights(str(tmp_path))
+    loaded = []
+    model.traced_model = SimpleNamespace(nxd_model=SimpleNamespace(initialize=lambda *weights: loaded.append(weights)))
+    model.load_weights(str(tmp_path))
+    ((ranks, _),) = loaded
+    name = "layers.1.mlp.expert_mlps.mlp_op.gate_up_proj."
+    assert [rank[name + "weight"].dtype for rank in ranks] == [torch.float8_e4m3fn] * 2
+    assert [rank[name + "scale"].dtype for rank in ranks] == [torch.float32] * 2
 
 
 def test_the_full_model_is_not_loaded_into_hugging_face(checkpoint, tmp_path):

@@ -20,6 +20,9 @@ from nxdi_deepseek.graph_cost.lowerer import Lowerer  # noqa: E402
 from nxdi_deepseek.graph_cost.request import Request  # noqa: E402
 from nxdi_deepseek.mla import MAX_QUERY_BLOCKS, QUERY_BLOCK  # noqa: E402
 
+SHARDED_BY_INTERMEDIATE = {
+    "blockwise_matmul_config": {"use_shard_on_intermediate_dynamic_while": True, "block_size": 256}
+}
 TP = 64
 HIDDEN, HEADS = C["hidden_size"], C["num_attention_heads"] // TP
 NOPE, ROPE, V = C["qk_nope_head_dim"], C["qk_rope_head_dim"], C["v_head_dim"]
@@ -147,6 +150,37 @@ def test_decoding_reads_only_the_experts_chosen(cost):
 )
 def test_costs_stay_below_their_bounds(cost, graph, figure, most):
     assert getattr(cost(*graph), figure) <= most
+
+
+EXPERT_WEIGHTS = EXPERTS * 3 * HIDDEN * C["moe_intermediate_size"] // TP
+# Scales of an expert on a rank: of its channels, or of blocks of 128x32 in gate and up and 32x32 in down.
+SCALES = {
+    "fp8": EXPERTS * (2 * C["moe_intermediate_size"] // TP + HIDDEN),
+    "fp8-block": EXPERTS * (2 * HIDDEN // 128 + HIDDEN // 32),
+}
+
+
+@pytest.mark.parametrize("form", SCALES)
+@pytest.mark.parametrize(("length", "batch", "saved"), [(512, 1, 5e6), (4096, 8, 40e6)])
+def test_decoding_reads_fp8_experts(lowerer, cost, form, length, batch, saved):
+    graph = ("moe", "decode", length, batch)
+    plain = cost(*graph)
+    counted = lowerer.cost(Request(*graph, tp_degree=TP, config=C, neuron_config={"weights": form}))
+    assert counted.min_bytes <= plain.min_bytes - saved
+    assert counted.parameter_dtypes["F8E4M3FN"] == EXPERT_WEIGHTS
+    assert plain.parameter_dtypes["BF16"] - counted.parameter_dtypes["BF16"] == 2 * EXPERT_WEIGHTS
+    assert counted.parameter_dtypes["F32"] - plain.parameter_dtypes["F32"] == 4 * SCALES[form]
+    assert counted.parameters_unread == plain.parameters_unread
+
+
+@pytest.mark.parametrize(("matmul", "is_dequantized"), [({}, True), (SHARDED_BY_INTERMEDIATE, False)])
+def test_scales_reach_the_expert_kernel_that_applies_them(lowerer, matmul, is_dequantized):
+    """Ahead of the other kernel the weights of a whole layer are there in float32, 470 MB of gate and up."""
+    neuron_config = {"weights": "fp8", **matmul}
+    counted = lowerer.cost(Request("moe", "prefill", 512, 1, tp_degree=TP, config=C, neuron_config=neuron_config))
+    gate_up = 4 * EXPERT_WEIGHTS * 2 // 3
+    assert (counted.largest_intermediate_bytes == gate_up) == is_dequantized
+    assert counted.parameter_dtypes["F8E4M3FN"] == EXPERT_WEIGHTS
 
 
 READS_A_VALUE = """

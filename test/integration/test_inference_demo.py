@@ -18,8 +18,10 @@ nxdi.require_nxdi()
 
 from nxdi_deepseek import cli  # noqa: E402
 from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.weight_forms import FORMS  # noqa: E402
 from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
+from support.dequantized import parts_of, write_dequantized  # noqa: E402
 
 PROMPT = [5, 17, 42, 9, 88]
 OTHER_PROMPT = [7, 3]
@@ -168,13 +170,23 @@ def test_kimi_k2(demo, tmp_path):
     assert generated(out) == [words(generate(hugging_face_model(kimi), PROMPT).sequences[0].tolist())]
 
 
+@pytest.mark.parametrize("weights", ["fp8", "fp8-block"])
+def test_fp8_experts(demo, checkpoint, tmp_path, weights):
+    """By NxDI's own options; Hugging Face on the dequantized experts is the judge."""
+    kind = FORMS[weights].quantization_type
+    status, out, _ = demo(*arguments_for(checkpoint, tmp_path, "--quantized", "--quantization-type", kind))
+    assert status == 0
+    folder = write_dequantized(tmp_path / "dequantized", checkpoint, parts_of(checkpoint, True, weights=weights))
+    assert generated(out) == [words(generate(hugging_face_model(folder), PROMPT).sequences[0].tolist())]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--enable-lora",), "neuron_config: lora_config"),
         (("--enable-prefix-caching", "--enable-block-kv-layout"), "neuron_config: is_prefix_caching=True"),
         (("--enable-chunked-prefill", "--enable-block-kv-layout"), "neuron_config: is_chunked_prefill=True"),
-        (("--quantized", "--quantized-checkpoints-path", "q"), "neuron_config: quantized=True"),
+        (("--quantized", "--quantized-checkpoints-path", "q"), "neuron_config: quantized=True needs weights"),
         (("--enable-bucketing", "--context-encoding-buckets", "8", "16"), "context_encoding_buckets end at 16"),
         (("--batch-size", "2", "--kv-cache-batch-size", "1"), "kv_cache_batch_size 1 is not tkg_batch_size 2"),
         (("--max-context-length", "4"), "prompt of 5 tokens exceeds max_context_length 4"),

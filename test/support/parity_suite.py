@@ -262,10 +262,10 @@ def test_prefill_costs_192_and_128_wide_heads_at_the_released_sizes(tokens):
     assert counter.get_total_flops() == 2 * (projections + 128 * pairs * (192 + 128))
 
 
-def shipped_model_on_goldens(dtype):
+def shipped_model_on_goldens(dtype, **neuron):
     """The goldens, and the shipped model's logits [8, 64, V] when it is fed the golden tokens."""
     goldens = load_goldens()
-    session = Session(load_model(TINY_MODEL_DIR, batch_size=8, seq_len=656, torch_dtype=dtype))
+    session = Session(load_model(TINY_MODEL_DIR, batch_size=8, seq_len=656, torch_dtype=dtype, **neuron))
     logits = [session.prefill(goldens.prompts)]
     logits += [session.decode(tokens) for tokens in goldens.tokens[:, :-1].T.tolist()]
     return goldens, torch.stack(logits, dim=1)

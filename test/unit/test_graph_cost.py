@@ -269,7 +269,7 @@ def test_a_config_that_cannot_be_lowered_is_told_before_a_process_starts(tmp_pat
     [
         (["--neuron-config", "{"], "is not JSON"),
         (["--neuron-config", "[]"], "is not a JSON object"),
-        (["--neuron-config", '{"tp_degree": 8}'], "holds tp_degree, which GRAPH and --tp-degree say"),
+        (["--neuron-config", '{"tp_degree": 8}'], "holds tp_degree, which other arguments say"),
         (["--hbm", "0"], "must be above 0"),
         (["--link", "nan"], "must be above 0"),
         (["--tp-degree", "many"], "invalid int value"),
