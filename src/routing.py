@@ -32,10 +32,18 @@ def select_experts(
     if n_group > 1:
         choice_TGe = choice_TE.unflatten(-1, (n_group, -1))
         group_scores_TG = GROUP_RATING[grouping](choice_TGe)
-        chosen = group_scores_TG.topk(topk_group, dim=-1).indices
-        ruled_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter(-1, chosen, False)
-        choice_TE = choice_TGe.masked_fill(ruled_out_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+        chosen_TG = _marked(group_scores_TG.topk(topk_group, dim=-1).indices, n_group)
+        choice_TE = choice_TGe.masked_fill(chosen_TG.eq(0).unsqueeze(-1), float("-inf")).flatten(-2)
     return choice_TE.topk(top_k, dim=-1).indices
+
+
+def _marked(index_TK: Tensor, size: int) -> Tensor:
+    """1 at the K positions of each row, 0 elsewhere, float32 [T, size].
+
+    By comparing and adding, as NxD marks a token's experts: no graph known to run on Neuron scatters booleans.
+    """
+    positions = torch.arange(size, device=index_TK.device)
+    return sum((column.unsqueeze(-1) == positions).to(torch.float32) for column in index_TK.unbind(-1))
 
 
 def expert_weights(scores_TE: Tensor, expert_index_TK: Tensor, normalize: bool, scaling_factor: float) -> Tensor:
