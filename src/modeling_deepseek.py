@@ -5,6 +5,8 @@ embedded runtime. Architecture: arXiv:2412.19437, section 2.1; attention: arXiv:
 
 Shape suffixes: B batch, S query length, L cached length, H hidden, N heads on this rank, D qk_nope_head_dim,
 P qk_rope_head_dim, V v_head_dim, R kv_lora_rank, E routed experts, K experts per token, T = B * S.
+
+Tensors are cut by tensor_split: split gives wrong values on torch-neuronx, see device_graphs/process.py.
 """
 
 from collections.abc import Callable
@@ -137,23 +139,24 @@ class DeepseekV3Attention(nn.Module):
     def _project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope [B, N, S, D], q_pe [B, N, S, P], k_pe [B, 1, S, P], latent [B, 1, S, R]; q_pe and k_pe rotated."""
         q_rank = self.q_lora_rank or 0
-        q_latent, latent, k_pe = self.qkv_a_proj(hidden_states).split((q_rank, self.kv_lora_rank, self.rope_dim), -1)
+        ends = (q_rank, q_rank + self.kv_lora_rank)
+        q_latent, latent, k_pe = self.qkv_a_proj(hidden_states).tensor_split(ends, -1)
         q = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
         q_BNSd = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        q_nope, q_pe = q_BNSd.split((self.nope_dim, self.rope_dim), -1)
+        q_nope, q_pe = q_BNSd.tensor_split((self.nope_dim,), -1)
         latent = self.kv_a_layernorm(latent).unsqueeze(1)
         return q_nope, rotate_interleaved(q_pe, cos, sin), rotate_interleaved(k_pe.unsqueeze(1), cos, sin), latent
 
     def _prefill(self, q_nope: Tensor, q_pe: Tensor, k_pe: Tensor, latent: Tensor) -> Tensor:
         kv_BNSd = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k_nope, v = kv_BNSd.split((self.nope_dim, self.v_dim), -1)
+        k_nope, v = kv_BNSd.tensor_split((self.nope_dim,), -1)
         return expanded_attention(q_nope, q_pe, k_nope, k_pe, v, self.softmax_scale)
 
     def _decode(
         self, q_nope: Tensor, q_pe: Tensor, cached: KeyValue, active: KeyValue, mask: Tensor, active_mask: Tensor | None
     ) -> Tensor:
         w_kv_NdR = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
-        w_uk, w_uv = w_kv_NdR.split((self.nope_dim, self.v_dim), 1)
+        w_uk, w_uv = w_kv_NdR.tensor_split((self.nope_dim,), 1)
         return absorbed_attention(q_nope, q_pe, w_uk, w_uv, cached, active, mask, active_mask, self.softmax_scale)
 
 
