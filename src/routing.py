@@ -47,11 +47,28 @@ def _marked(index_TK: Tensor, size: int) -> Tensor:
 
 
 def expert_weights(scores_TE: Tensor, expert_index_TK: Tensor, normalize: bool, scaling_factor: float) -> Tensor:
-    """Mixing weights, float32 [T, E]: the unbiased scores of the chosen experts, zero elsewhere.
+    """Mixing weights, float32 [T, K]: the unbiased scores of the chosen experts.
 
     normalize: divide by their sum (`norm_topk_prob`). scaling_factor: `routed_scaling_factor`.
     """
     weights_TK = scores_TE.gather(-1, expert_index_TK)
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    return torch.zeros_like(scores_TE).scatter(-1, expert_index_TK, weights_TK * scaling_factor)
+    return weights_TK * scaling_factor
+
+
+def spread(weights_TK: Tensor, expert_index_TK: Tensor, num_experts: int) -> Tensor:
+    """The weights [T, K] in the columns of their experts, [T, E], zero elsewhere."""
+    zeros_TE = weights_TK.new_zeros(len(weights_TK), num_experts)
+    return zeros_TE.scatter(-1, expert_index_TK, weights_TK)
+
+
+def packed(weights_TK: Tensor, expert_index_TK: Tensor) -> Tensor:
+    """Both in one float32 tensor [T, 2K], for one collective: the number of an expert is exact in float32."""
+    return torch.cat((weights_TK, expert_index_TK.to(torch.float32)), dim=-1)
+
+
+def unpacked(choice_TK2: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `packed`: float32 [T, K], int64 [T, K]."""
+    weights_TK, index_TK = choice_TK2.tensor_split(2, dim=-1)
+    return weights_TK, index_TK.to(torch.int64)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from nxdi_deepseek.modeling_deepseek import DeepseekV3Router
-from nxdi_deepseek.routing import expert_weights, select_experts
+from nxdi_deepseek.routing import expert_weights, packed, select_experts, spread, unpacked
 from support.models import V3, make_config
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -64,4 +64,11 @@ def test_bias_selects_but_does_not_weigh():
     chosen = select_experts(scores, bias, top_k=2, n_group=1, topk_group=1)
     assert chosen.tolist() == [[3, 1]]
     weights = expert_weights(scores, chosen, normalize=True, scaling_factor=3.0)
-    torch.testing.assert_close(weights, torch.tensor([[0.0, 2.0, 0.0, 1.0]]))
+    torch.testing.assert_close(spread(weights, chosen, 4), torch.tensor([[0.0, 2.0, 0.0, 1.0]]))
+
+
+def test_weights_and_experts_survive_one_collective():
+    weights = torch.rand(3, 2)
+    index = torch.tensor([[0, 4095], [255, 1], [4094, 383]])  # 4,096 experts at most
+    for before, after in zip((weights, index), unpacked(packed(weights, index)), strict=True):
+        assert after.dtype == before.dtype and torch.equal(after, before)
