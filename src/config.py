@@ -43,6 +43,14 @@ _UNSUPPORTED = {
     "quantized_mlp_kernel_enabled": (False, "FP8 is for routed experts alone"),
     "activation_quantization_type": (None, "activations are not quantized"),
 }
+# The expert kernel of prompts. NxD names it for a dynamic loop; in NKI's library 2.29 it unrolls every block.
+_EXPERT_KERNEL = {
+    "use_shard_on_block_dynamic_while": True,
+    "block_sharding_strategy": "PING_PONG",
+    "block_size": 128,
+    "skip_dma_token": True,
+    "skip_dma_weight": True,
+}
 # Attributes that NxDI reads and config.json may lack, with their defaults.
 _ASKED_BY_NXDI = {"hidden_act": "silu", "output_attentions": False, "output_hidden_states": False}
 
@@ -52,7 +60,8 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
 
     The plain blockwise kernel of NxD 2.29 raises NotImplementedError for prompts of 64 tokens and more, so the default
     is the one sharded over blocks. Blocks have 128 rows, the fewest that it takes: each expert may leave one block
-    nearly empty. Pass `blockwise_matmul_config` to choose otherwise.
+    nearly empty. Of those the kernel reads neither the rows that hold no token nor weights that it has already
+    (skip_dma_*). Pass `blockwise_matmul_config` to choose otherwise; it is taken as it is given.
     weights: the form of routed experts on a rank, a name of weight_forms.FORMS. NxDI's fields for it are filled in.
     """
 
@@ -60,15 +69,18 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         # Without the token that torch_xla threads through all-gathers and reduce-scatters: it would add a
         # multiplication and an addition of everything that is gathered.
         kwargs.setdefault("disable_numeric_cc_token", True)
-        kwargs.setdefault(
-            "blockwise_matmul_config",
-            {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG", "block_size": 128},
-        )
+        kwargs.setdefault("blockwise_matmul_config", dict(_EXPERT_KERNEL))
         kwargs = fill_weights(_from_saved(kwargs))
         check_values(kwargs)
         self.weights: str = kwargs.pop("weights")
         with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value
             super().__init__(**kwargs)
+
+
+def prompt_lengths(neuron_config: Any) -> list[int]:
+    """The padded lengths that prompts have: a graph each."""
+    buckets = neuron_config.context_encoding_buckets if neuron_config.enable_bucketing else None
+    return list(buckets or [neuron_config.max_context_length])
 
 
 def _from_saved(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +149,7 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
             raise ConfigError("neuron_config: output_logits needs on_device_sampling_config; logits come without it")
         if neuron_config.sequence_parallel_enabled:
             self._validate_sequence_parallel()
+        self._validate_prompts()
         if neuron_config.enable_bucketing:
             self._validate_buckets("context_encoding_buckets", "max_context_length")
             self._validate_buckets("token_generation_buckets", "max_length")
@@ -147,12 +160,23 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
         if neuron_config.ctx_batch_size != 1:
             # NxD's MoE joins the router's choices rank by rank; only with one prompt is that the order of the tokens.
             raise ConfigError("neuron_config: sequence_parallel_enabled needs ctx_batch_size 1")
-        lengths = neuron_config.context_encoding_buckets if neuron_config.enable_bucketing else None
-        for length in lengths or [neuron_config.max_context_length]:
+        for length in prompt_lengths(neuron_config):
             if length % tp or length < 2 * tp:
                 raise ConfigError(
                     f"neuron_config: sequence_parallel_enabled needs prompts of a multiple of tp_degree {tp} and at "
                     f"least {2 * tp} tokens, not {length}; change max_context_length or context_encoding_buckets"
+                )
+
+    def _validate_prompts(self) -> None:
+        """NxD's blockwise experts share out the tokens of a prompt; few tokens it gives to its other forms."""
+        neuron_config, model = self.neuron_config, self.model
+        tp, batch = neuron_config.tp_degree, neuron_config.ctx_batch_size
+        for length in prompt_lengths(neuron_config):
+            tokens = batch * length
+            if tokens % tp and tokens * model.num_experts_per_tok >= model.n_routed_experts:
+                raise ConfigError(
+                    f"neuron_config: {batch} prompts of {length} are {tokens} tokens, which tp_degree {tp} does not "
+                    "divide; change seq_len, max_context_length, context_encoding_buckets or ctx_batch_size"
                 )
 
     def _validate_buckets(self, field: str, longest_field: str) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..checkpoint.fp8 import FP8_DTYPE
 from ..weight_forms import DOWN, GATE_UP, weight_form
 from .parallel_layers import ColumnParallelLinear, RowParallelLinear
-from .parallel_state import gather_sequence, reduce, tensor_parallel_size
+from .parallel_state import gather_sequence, own_tokens, reduce, tensor_parallel_size
 
 
 class ExpertWeights(nn.Module):
@@ -132,5 +132,6 @@ class MoE(nn.Module):
 def build_moe(config: Any, router: nn.Module) -> MoE:
     """The MoE module of one layer, with the given router."""
     dtype, hidden, width = config.neuron_config.torch_dtype, config.hidden_size, config.moe_intermediate_size
+    router.own_tokens = own_tokens
     shared = SharedExperts(hidden, width * config.n_shared_experts, dtype) if config.n_shared_experts else None
     return MoE(router, ExpertMLPs(config), shared, config.neuron_config.sequence_parallel_enabled)

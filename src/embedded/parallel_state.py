@@ -62,6 +62,11 @@ def split_sequence(x: Tensor) -> Tensor:
     return x.chunk(tensor_parallel_size(), dim=1)[tensor_parallel_rank()] if is_split(x) else x
 
 
+def own_tokens(tokens: Tensor) -> Tensor:
+    """This rank's rows of tokens that all ranks have: [T, H] to [T/TP, H]."""
+    return tokens.chunk(tensor_parallel_size())[tensor_parallel_rank()]
+
+
 def reduce(x: Tensor, sequence_parallel: bool) -> Tensor:
     """The sum of the ranks' x [B, S, H]; with sequence parallelism, this rank's part of it."""
     return split_sequence(all_reduce(x)) if sequence_parallel else all_reduce(x)
