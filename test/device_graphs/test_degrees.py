@@ -52,11 +52,14 @@ def test_the_expert_kernel_equals_hugging_face(tmp_path, tp_degree, neuron):
     device.check_states()
 
 
-def test_rank_files_of_shard_give_the_same_bits(tmp_path):
-    model_dir = written(tmp_path, V3)
-    shard_checkpoint(model_dir, tmp_path / "compiled", 2, "float32")
+@pytest.mark.parametrize(("config", "tp_degree"), [(V3, 4), (WIDE_CONFIG, 64)], ids=["TP 4", "TP 64"])
+def test_rank_files_of_shard_give_the_same_bits(tmp_path, config, tp_degree):
+    model_dir = written(tmp_path, config)
+    shard_checkpoint(model_dir, tmp_path / "compiled", tp_degree, "float32")
     logits = [
-        assert_equals_hugging_face(load(model_dir, path, batch_size=2, tp_degree=2)[0], model_dir, prompts_of(V3), 4)
+        assert_equals_hugging_face(
+            load(model_dir, path, batch_size=2, tp_degree=tp_degree)[0], model_dir, prompts_of(config), 4
+        )
         for path in (None, tmp_path / "compiled")
     ]
     assert torch.equal(*logits)

@@ -4,7 +4,7 @@ import torch
 from nxdi_deepseek.application import NeuronDeepseekV3ForCausalLM
 from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.device_graphs.loading import load_on_device_graphs
-from nxdi_deepseek.reference import hugging_face_model, reference_logits
+from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
 
 from support.models import Session, greedy, load_config
 
