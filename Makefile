@@ -6,8 +6,9 @@ NEWEST := $(VENV)-newest-transformers
 GRAPHS := $(VENV)-graphs
 # A graph that hangs is a failure after so many seconds.
 GRAPH_TIMEOUT ?= 600
+GRAPH_TESTS := $(wildcard test/device_graphs/test_*.py)
 
-.PHONY: demo test test-newest-transformers graph-env test-graphs lint clean
+.PHONY: demo test test-newest-transformers graph-env test-graphs $(GRAPH_TESTS) lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/nxdi-deepseek demo
@@ -20,14 +21,17 @@ test: $(VENV)/installed
 test-newest-transformers: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest test/unit
 
-# What lowers and executes the device's graphs: 6.6 GB, most of it CUDA libraries that torch 2.8's wheel links to.
+# What lowers and executes the device's graphs: 6.6 GB, most of it CUDA libraries that torch 2.8's wheel links to. What a
+# broken installation left is used by the next one.
 graph-env: $(GRAPHS)/installed
 	@du -sh $(GRAPHS)
 
+# A process per module, two at a time: one core is all that a module uses.
 test-graphs: $(GRAPHS)/installed
-	for module in test/device_graphs/test_*.py; do \
-	  timeout --kill-after=10 $(GRAPH_TIMEOUT) $(GRAPHS)/bin/python -m pytest --quiet $$module || exit 1; \
-	done
+	$(MAKE) --jobs=2 --output-sync=target $(GRAPH_TESTS)
+
+$(GRAPH_TESTS):
+	timeout --kill-after=10 $(GRAPH_TIMEOUT) $(GRAPHS)/bin/python -m pytest --quiet $@
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -76,13 +76,13 @@ class DeviceModel:
     """All graphs of a model over weights and caches, by name and rank.
 
     Called with the inputs of a graph it returns its first output that is no cache, or the list of them, as NxDModel
-    does. Outputs must be the same on all ranks. Raises DeviceGraphError, and ValueError for inputs of other shapes.
+    does. Outputs, caches among them, must be the same on all ranks. Raises DeviceGraphError, and ValueError for inputs
+    of other shapes.
     """
 
     def __init__(self, replicas: Replicas, graphs: Iterable[BucketGraph], tensors: dict[str, list[Buffer]]):
         self.replicas, self.graphs, self.tensors = replicas, list(graphs), tensors
         self._by_shapes = {graph.shapes: graph for graph in self.graphs}
-        self.states = sorted({name for graph in self.graphs for name in graph.lowering.aliases})
         for graph in self.graphs:
             self._check_shapes(graph)
 
@@ -103,6 +103,7 @@ class DeviceModel:
         graph.calls += 1
         lowering = graph.lowering
         for name, place in lowering.aliases.items():
+            _check_same(f"{name} after {graph.name}", outputs[place])
             self.tensors[name] = outputs[place]
         for call in lowering.lowered.hooked:
             self._run_hooks(call, outputs)
@@ -137,11 +138,6 @@ class DeviceModel:
                         f"rank {rank}"
                     )
 
-    def check_states(self) -> None:
-        """Raises DeviceGraphError unless every cache is the same on all ranks."""
-        for name in self.states:
-            _check_same(name, self.tensors[name])
-
     @property
     def kernels(self) -> Counter[str]:
         """Calls of each Neuron kernel in the graphs, by its name."""
@@ -173,6 +169,6 @@ def shapes_of(inputs: Iterable[Tensor]) -> Shapes:
 
 def _check_same(what: str, buffers: list[Buffer]) -> None:
     first = to_numpy(buffers[0]).tobytes()
-    for rank, buffer in enumerate(buffers):
+    for rank, buffer in enumerate(buffers[1:], 1):
         if to_numpy(buffer).tobytes() != first:
             raise DeviceGraphError(f"{what} differs between rank 0 and rank {rank}")

@@ -1,8 +1,7 @@
 """Tensor parallelism at the degree of the device, with every collective; the expert kernel; rank files."""
 
 import pytest
-import torch
-from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
+from nxdi_deepseek.cli import main
 from nxdi_deepseek.example_configs import WIDE_CONFIG
 from support.device_graphs import assert_equals_hugging_face, load, written
 from support.models import V3, random_prompts
@@ -14,52 +13,37 @@ ONE_BY_ONE = {"is_continuous_batching": True, "ctx_batch_size": 1, "tkg_batch_si
 SEQUENCE_PARALLEL = ONE_BY_ONE | {"sequence_parallel_enabled": True}
 
 
-def prompts_of(config):
-    return random_prompts(PROMPTS, config["vocab_size"])
-
-
-@pytest.mark.parametrize(
-    ("config", "tp_degree", "neuron"),
-    [
-        (V3, 1, {}),
-        (V3, 2, {}),
-        (V3, 4, {}),
-        (V3, 4, SEQUENCE_PARALLEL),
-        (WIDE_CONFIG, 64, {}),
-        (WIDE_CONFIG, 64, SEQUENCE_PARALLEL),
-    ],
-    ids=["TP 1", "TP 2", "TP 4", "TP 4 sequence parallel", "TP 64", "TP 64 sequence parallel"],
-)
-def test_all_ranks_together_equal_hugging_face(tmp_path, config, tp_degree, neuron):
-    model_dir = written(tmp_path, config)
-    model, device = load(model_dir, batch_size=2, tp_degree=tp_degree, **neuron)
-    assert_equals_hugging_face(model, model_dir, prompts_of(config))
+def assert_ranks_equal_hugging_face(model_dir, config, tp_degree, neuron, compiled_path=None):
+    """Returns the DeviceModel."""
+    model, device = load(model_dir, compiled_path, batch_size=2, tp_degree=tp_degree, **neuron)
+    assert_equals_hugging_face(model, model_dir, random_prompts(PROMPTS, config["vocab_size"]))
     assert all(graph.calls for graph in device.graphs)
-    device.check_states()
+    return device
+
+
+@pytest.mark.parametrize(("config", "tp_degree"), [(V3, 4), (WIDE_CONFIG, 64)], ids=["TP 4", "TP 64"])
+def test_sequence_parallel_equals_hugging_face(tmp_path, config, tp_degree):
+    assert_ranks_equal_hugging_face(written(tmp_path, config), config, tp_degree, SEQUENCE_PARALLEL)
+
+
+@pytest.mark.parametrize(("config", "tp_degree"), [(V3, 4), (WIDE_CONFIG, 64)], ids=["TP 4", "TP 64"])
+def test_rank_files_of_shard_equal_hugging_face(tmp_path, config, tp_degree):
+    model_dir, compiled = written(tmp_path, config), tmp_path / "compiled"
+    assert main(["shard", str(model_dir), str(compiled), "--tp-degree", str(tp_degree), "--dtype", "float32"]) == 0
+    assert_ranks_equal_hugging_face(model_dir, config, tp_degree, {}, compiled)
 
 
 @pytest.mark.parametrize(
-    ("tp_degree", "neuron"),
-    [(1, {}), (4, {}), (2, SEQUENCE_PARALLEL)],
-    ids=["TP 1", "TP 4", "TP 2 sequence parallel"],
+    ("tp_degree", "neuron", "fills"),
+    [(4, {}, {"DynamicUpdateSlice": 4}), (2, SEQUENCE_PARALLEL, {})],  # two caches per layer, of all slots at once
+    ids=["TP 4", "TP 2 sequence parallel"],
 )
-def test_the_expert_kernel_equals_hugging_face(tmp_path, tp_degree, neuron):
-    model_dir = written(tmp_path, KERNEL)
-    model, device = load(model_dir, batch_size=2, tp_degree=tp_degree, **neuron)
-    assert_equals_hugging_face(model, model_dir, prompts_of(KERNEL))
-    expert_layers = KERNEL["num_hidden_layers"] - KERNEL["first_k_dense_replace"]
-    assert device.kernels["BlockwiseMatmul"] == expert_layers  # prompts only
-    device.check_states()
-
-
-def test_rank_files_of_shard_give_the_same_bits(tmp_path):
-    model_dir = written(tmp_path, V3)
-    shard_checkpoint(model_dir, tmp_path / "compiled", 2, "float32")
-    logits = [
-        assert_equals_hugging_face(load(model_dir, path, batch_size=2, tp_degree=2)[0], model_dir, prompts_of(V3), 4)
-        for path in (None, tmp_path / "compiled")
-    ]
-    assert torch.equal(*logits)
+def test_the_expert_kernel_equals_hugging_face(tmp_path, tp_degree, neuron, fills):
+    device = assert_ranks_equal_hugging_face(written(tmp_path, KERNEL), KERNEL, tp_degree, neuron)
+    layers, graphs = KERNEL["num_hidden_layers"], 2
+    norms = {"AwsNeuronRmsNorm": graphs * (4 * layers + 1)}
+    experts = {"BlockwiseMatmul": layers - KERNEL["first_k_dense_replace"]}  # prompts only
+    assert device.kernels == norms | experts | fills
 
 
 def test_every_bucket_equals_hugging_face(tmp_path):

@@ -3,12 +3,17 @@
 import pytest
 import torch
 from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
+from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.device_graphs.device_model import DeviceModel
+from nxdi_deepseek.device_graphs.replicas import Replicas, to_torch
 from nxdi_deepseek.errors import DeviceGraphError
+from nxdi_deepseek.graph_cost import neuron_ops
 from nxdi_deepseek.modeling_deepseek import NeuronDeepseekV3Model
 from support.device_graphs import assert_equals_hugging_face, load, written
-from support.models import V3, random_prompts
+from support.models import V3, Session, random_prompts
+from torch_neuronx.xla_impl.ops import RmsNorm
 
+CACHE = "kv_mgr.past_key_values.0"
 BUCKETS = {
     "enable_bucketing": True,
     "max_context_length": 64,
@@ -71,6 +76,12 @@ def test_caches_swapped_between_layers_change_the_logits(model_dir, alter):
         assert_equals_hugging_face(model, model_dir, random_prompts((9,)))
 
 
+def test_a_kernel_without_an_executable_form_is_refused(model_dir, monkeypatch):
+    monkeypatch.setattr(RmsNorm, "form", neuron_ops.rms_norm)  # a custom call
+    with pytest.raises(DeviceGraphError, match="calls AwsNeuronRmsNorm, which does not run here"):
+        load(model_dir, batch_size=1, tp_degree=2)
+
+
 @pytest.mark.parametrize("stale", [min, max], ids=["the shortest bucket's", "the longest bucket's"])
 def test_a_stale_bucket_length_is_refused(model_dir, alter, stale):
     def keep_length(module, aliases):
@@ -93,18 +104,48 @@ def test_inputs_of_other_shapes_are_refused(model_dir):
 
 def test_a_cache_of_another_shape_is_refused_ahead_of_the_call(model_dir):
     _, device = load(model_dir, batch_size=1, tp_degree=2)
-    shorter = {device.states[0]: device.replicas.replicate(torch.zeros(1, 1, 64, V3["qk_rope_head_dim"]))}
+    shorter = {CACHE: device.replicas.replicate(torch.zeros(1, 1, 64, V3["qk_rope_head_dim"]))}
     with pytest.raises(DeviceGraphError, match="past_key_values.0 is .* in the graph"):
         DeviceModel(device.replicas, device.graphs, device.tensors | shorter)
 
 
 def test_a_cache_that_differs_between_ranks_is_seen(model_dir):
-    _, device = load(model_dir, batch_size=1, tp_degree=2)
-    device.check_states()
-    cache = torch.zeros(1, 1, 128, V3["qk_rope_head_dim"])
-    device.tensors[device.states[0]] = device.replicas.put([cache, cache + 1])
-    with pytest.raises(DeviceGraphError, match="differs between rank 0 and rank 1"):
-        device.check_states()
+    """Far behind the sequence, where no logit shows it."""
+    model, device = load(model_dir, batch_size=1, tp_degree=2)
+    session = Session(model)
+    session.prefill([[5, 9, 2]])
+    other = to_torch(device.tensors[CACHE][1])
+    other[:, :, 100:] += 1
+    device.tensors[CACHE] = device.replicas.put([to_torch(device.tensors[CACHE][0]), other])
+    with pytest.raises(DeviceGraphError, match="past_key_values.0 after token_generation.* rank 0 and rank 1"):
+        session.decode([7])
+
+
+def test_rank_files_in_another_order_are_seen(model_dir, tmp_path):
+    """Sums over ranks stay the same; the vocabulary, put together by rank, does not."""
+    shard_checkpoint(model_dir, tmp_path, 2, "float32")
+    first, second = (tmp_path / "weights" / f"tp{rank}_sharded_checkpoint.safetensors" for rank in range(2))
+    first.rename(tmp_path / "kept")
+    second.rename(first)
+    (tmp_path / "kept").rename(second)
+    model, _ = load(model_dir, tmp_path, batch_size=1, tp_degree=2)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        assert_equals_hugging_face(model, model_dir, random_prompts((9,)), 1)
+
+
+def test_replicas_are_given_up_after_a_failure():
+    """Those of jaxlib hang in the next call."""
+
+    class Failing:
+        def execute_sharded(self, arguments):
+            raise RuntimeError("out of memory")
+
+    replicas = Replicas.of(2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        replicas.execute(Failing(), [])
+    with pytest.raises(DeviceGraphError, match="load the model again"):
+        replicas.execute(Failing(), [])
+    assert Replicas.of(2) is not replicas
 
 
 def test_a_head_that_is_not_gathered_is_refused(model_dir, monkeypatch):

@@ -10,7 +10,9 @@ from nxdi_deepseek.example_configs import WIDE_CONFIG
 from support.device_graphs import TokenSession, load, top_k_top_p_at_one_half, written
 from support.models import V3, random_prompts
 
-NEW_TOKENS = 20
+NEW_TOKENS = 12
+# A rank has more of the vocabulary than it gives to the others as its best.
+WIDE = WIDE_CONFIG | {"vocab_size": 2048}
 GREEDY = {"do_sample": False}
 # The kernel of the device takes the best of all ranks in one step; without it, 64 ranks do so in three.
 SAMPLED = {"do_sample": True, "dynamic": True, "deterministic": True, "global_topk": 16}
@@ -37,7 +39,7 @@ def gathers_vocabulary(device, vocab_size):
     )
 
 
-@pytest.mark.parametrize(("config", "tp_degree"), [(V3, 1), (V3, 2), (WIDE_CONFIG, 64)], ids=["TP 1", "TP 2", "TP 64"])
+@pytest.mark.parametrize(("config", "tp_degree"), [(V3, 2), (WIDE, 64)], ids=["TP 2", "TP 64"])
 def test_greedy_tokens_are_those_of_hugging_face(tmp_path, config, tp_degree):
     model_dir = written(tmp_path, config)
     model, device = sampling_model(model_dir, GREEDY, tp_degree=tp_degree)
@@ -52,8 +54,8 @@ def test_greedy_tokens_are_those_of_hugging_face(tmp_path, config, tp_degree):
 
 @pytest.mark.parametrize(
     ("config", "tp_degree", "kernel"),
-    [(V3, 1, True), (V3, 2, True), (WIDE_CONFIG, 64, True), (WIDE_CONFIG, 64, False)],
-    ids=["TP 1", "TP 2", "TP 64", "TP 64 in three stages"],
+    [(V3, 2, True), (WIDE, 64, True), (WIDE, 64, False)],
+    ids=["TP 2", "TP 64", "TP 64 in three stages"],
 )
 def test_deterministic_top_k_top_p_takes_the_token_at_one_half(tmp_path, config, tp_degree, kernel):
     model_dir = written(tmp_path, config)
