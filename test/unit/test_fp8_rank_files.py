@@ -17,7 +17,7 @@ from nxdi_deepseek.model_config import load_model_config
 from nxdi_deepseek.rank_files import check_rank_files
 from nxdi_deepseek.weight_forms import FORMS
 from safetensors.torch import load_file, save_file
-from support.encodings import FP8_CONFIG, write_encoded
+from support.encodings import FP8_CONFIG, edit, write_encoded
 from support.fp8_experts import dequantized, rank_file, stored_tensors
 
 FP8_FORMS = [name for name, form in FORMS.items() if form.is_fp8]
@@ -171,3 +171,19 @@ def test_a_form_that_cannot_be_is_refused_before_anything_is_written(model_dir, 
     assert not (tmp_path / "out").exists()
     assert main(["shard", str(model_dir), str(tmp_path / "out"), "--tp-degree", "4", "--weights", "int4"]) == 2
     assert "--weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", FP8_FORMS)
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("projection", ["gate", "down"])
+def test_a_nan_code_names_its_tensor(tmp_path, weights, code, projection):
+    name = f"{EXPERT}{projection}_proj.weight"
+
+    def damage(tensors):
+        if name in tensors:
+            tensors[name].view(torch.uint8)[-1, -1] = code
+        return tensors
+
+    edit(write_encoded(tmp_path / "model", "FP8, float32 scales", CONFIG), damage)
+    with pytest.raises(CheckpointError, match=f"{name}: holds NaN"):
+        shard_checkpoint(tmp_path / "model", tmp_path / "out", 4, weights=weights)
