@@ -82,7 +82,7 @@ def encoded_rows(
     scale = scale if scale.ndim == 2 else scale.reshape(-1, 1)
     if stored.packed > 1:
         read = Window([(start, _unpacked(raw)) for start, raw in read.parts], read.left)
-    else:
+    elif not halve:
         for _, codes in read.parts:
             _check_finite(codes, _FP8, what)
     return _CodedRows(read, scale, stored.block, dtype, transposed, what, halve)
@@ -111,7 +111,8 @@ class _CodedRows:
             for start, codes in read.parts:
                 measured += measure(codes, scale, start, read.left, block_size)
                 count += codes.size
-                halve_codes(codes.reshape(-1))
+                if halve_codes(codes.reshape(-1)) > _LARGEST[_FP8]:
+                    raise _not_finite(what)
             self._per_weight = measured / max(count, 1)
 
     @cached_property
