@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
 from neuronx_distributed.modules.moe.blockwise import BlockwiseMatmulNKIFunc
 from neuronx_distributed.parallel_layers import parallel_state
 from neuronx_distributed.quantization import quantization_config as nxd
 from neuronx_distributed.quantization.quantize import convert
+from neuronx_distributed.utils import cpu_mode
 from torch import Tensor, nn
+from torch.func import functional_call
 
 _Type = nxd.QuantizationType
 
@@ -25,6 +28,21 @@ def quantize_experts(expert_mlps: nn.Module, neuron_config: Any) -> None:
         parallel_state.set_aot_mode(traces)
     for module in expert_mlps.modules():
         module._parameters.pop("master_weight", None)  # a second name that tracing gives a layer's weight
+        if cpu_mode() and "scale" in module._parameters:
+            _take_rows_of_bytes(module)
+
+
+def _take_rows_of_bytes(layer: nn.Module) -> None:
+    """NxD's layer takes the chosen experts from FP8 tensors, which torch 2.8 does not do on the CPU."""
+    forward = layer.forward
+
+    def forward_of_chosen(x: Tensor, expert_indices: Tensor | None = None) -> Tensor:
+        if expert_indices is None:
+            return forward(x)
+        weight = layer.weight.view(torch.int8)[expert_indices].view(layer.weight.dtype)
+        return functional_call(layer, {"weight": weight, "scale": layer.scale[expert_indices]}, (x,))
+
+    layer.forward = forward_of_chosen
 
 
 def _layer_config(neuron_config: Any) -> dict[str, Any]:

@@ -83,7 +83,8 @@ def quantize_strips(
     for start in range(*rows, step):
         stop, first = min(start + step, rows[1]), start - rows[0]
         own = scales[first // size[0] : (stop - rows[0]) // size[0]]
-        quantize_cells(values((start, stop)), *size, rounded[first : stop - rows[0]], own, sums)
+        weights = np.ascontiguousarray(values((start, stop)))  # of float32 sources a part of what lies there
+        quantize_cells(weights, *size, rounded[first : stop - rows[0]], own, sums)
     check_scale(scales, what)
     scale[...] = scales.T
     transpose(rounded, codes)
