@@ -17,7 +17,7 @@ from .dtypes import dtype_name
 from .errors import ConfigError
 from .modeling_deepseek import NeuronDeepseekV3Model
 from .requests import RequestChecks, take_rows
-from .third_party import told
+from .third_party import started_by_torchrun, told
 
 __all__ = ["NeuronDeepseekV3ForCausalLM"]
 
@@ -113,8 +113,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
     def _check_processes(self) -> None:
         """NxD would use the number of processes as tp_degree without a word."""
-        with told("WORLD_SIZE is not torchrun's"):
-            processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = started_by_torchrun()
         if torch.distributed.is_initialized():
             processes = torch.distributed.get_world_size()
         tp_degree = self.neuron_config.tp_degree

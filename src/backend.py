@@ -12,6 +12,7 @@ import os
 from types import ModuleType
 
 from .errors import ConfigError
+from .third_party import started_by_torchrun
 
 BACKEND_VARIABLE = "NXDI_DEEPSEEK_BACKEND"
 _NXDI = "neuronx_distributed_inference"
@@ -41,6 +42,8 @@ NAME = _choose()
 
 
 def _surface() -> ModuleType:
+    if NAME == "nxdi":
+        started_by_torchrun()  # NxD reads it while it is imported
     try:
         return importlib.import_module(".nxdi_backend" if NAME == "nxdi" else ".embedded", __package__)
     except ImportError as error:

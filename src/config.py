@@ -41,6 +41,14 @@ _UNSUPPORTED = {
     "fused_qkv": (False, "leave it off; the down-projections are always fused"),
     "quantized": (False, "FP8 checkpoints are dequantized while loading"),
 }
+# The expert kernel of prompts. NxD names it for a dynamic loop; in NKI's library 2.29 it unrolls every block.
+_EXPERT_KERNEL = {
+    "use_shard_on_block_dynamic_while": True,
+    "block_sharding_strategy": "PING_PONG",
+    "block_size": 128,
+    "skip_dma_token": True,
+    "skip_dma_weight": True,
+}
 # Attributes that NxDI reads and config.json may lack, with their defaults.
 _ASKED_BY_NXDI = {"hidden_act": "silu", "output_attentions": False, "output_hidden_states": False}
 
@@ -50,17 +58,15 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
 
     The plain blockwise kernel of NxD 2.29 raises NotImplementedError for prompts of 64 tokens and more, so the default
     is the one sharded over blocks. Blocks have 128 rows, the fewest that it takes: each expert may leave one block
-    nearly empty. Pass `blockwise_matmul_config` to choose otherwise.
+    nearly empty. Of those the kernel reads neither the rows that hold no token nor weights that it has already
+    (skip_dma_*). Pass `blockwise_matmul_config` to choose otherwise; it is taken as it is given.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         # Without the token that torch_xla threads through all-gathers and reduce-scatters: it would add a
         # multiplication and an addition of everything that is gathered.
         kwargs.setdefault("disable_numeric_cc_token", True)
-        kwargs.setdefault(
-            "blockwise_matmul_config",
-            {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG", "block_size": 128},
-        )
+        kwargs.setdefault("blockwise_matmul_config", dict(_EXPERT_KERNEL))
         kwargs = _from_saved(kwargs)
         check_values(kwargs)
         with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import ConfigError
+from .third_party import started_by_torchrun
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUP = Path("/proc/self/cgroup")
@@ -23,7 +24,7 @@ def memory_limit() -> int:
     """Bytes that this process may use: the machine's memory, or the limit of its container (cgroup), shared out among
     the processes that torchrun started on this machine."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([physical, *_cgroup_limits()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min([physical, *_cgroup_limits()]) // started_by_torchrun("LOCAL_WORLD_SIZE")
 
 
 def _cgroup_limits() -> Iterator[int]:

@@ -68,7 +68,7 @@ def absorbed_attention(
 
     cached_scores, active_scores = scores(cached, cached_mask), scores(active, active_mask)
     probs = torch.cat((cached_scores, active_scores), dim=-1).softmax(dim=-1).to(q_latent_BNSR.dtype)
-    cached_probs, active_probs = probs.split((cached_scores.shape[-1], active_scores.shape[-1]), dim=-1)
+    cached_probs, active_probs = probs.tensor_split((cached_scores.shape[-1],), dim=-1)
     out_latent_BNSR = _shared_matmul(cached_probs, cached[1]) + _shared_matmul(active_probs, active[1])
     return out_latent_BNSR @ w_uv_NVR.mT
 

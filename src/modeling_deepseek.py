@@ -5,6 +5,8 @@ embedded runtime. Architecture: arXiv:2412.19437, section 2.1; attention: arXiv:
 
 Shape suffixes: B batch, S query length, L cached length, H hidden, N heads on this rank, D qk_nope_head_dim,
 P qk_rope_head_dim, V v_head_dim, R kv_lora_rank, E routed experts, K experts per token, T = B * S.
+
+Tensors are cut by tensor_split: split gives wrong values on torch-neuronx, see device_graphs/process.py.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from . import backend
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from .mla import absorbed_attention, expanded_attention
 from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
-from .routing import SCORING, expert_weights, select_experts
+from .routing import SCORING, expert_weights, packed, select_experts, spread, unpacked
 
 if TYPE_CHECKING:
     from .application import NeuronDeepseekV3ForCausalLM
@@ -137,38 +139,44 @@ class DeepseekV3Attention(nn.Module):
     def _project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope [B, N, S, D], q_pe [B, N, S, P], k_pe [B, 1, S, P], latent [B, 1, S, R]; q_pe and k_pe rotated."""
         q_rank = self.q_lora_rank or 0
-        q_latent, latent, k_pe = self.qkv_a_proj(hidden_states).split((q_rank, self.kv_lora_rank, self.rope_dim), -1)
+        ends = (q_rank, q_rank + self.kv_lora_rank)
+        q_latent, latent, k_pe = self.qkv_a_proj(hidden_states).tensor_split(ends, -1)
         q = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
         q_BNSd = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        q_nope, q_pe = q_BNSd.split((self.nope_dim, self.rope_dim), -1)
+        q_nope, q_pe = q_BNSd.tensor_split((self.nope_dim,), -1)
         latent = self.kv_a_layernorm(latent).unsqueeze(1)
         return q_nope, rotate_interleaved(q_pe, cos, sin), rotate_interleaved(k_pe.unsqueeze(1), cos, sin), latent
 
     def _prefill(self, q_nope: Tensor, q_pe: Tensor, k_pe: Tensor, latent: Tensor) -> Tensor:
         kv_BNSd = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k_nope, v = kv_BNSd.split((self.nope_dim, self.v_dim), -1)
+        k_nope, v = kv_BNSd.tensor_split((self.nope_dim,), -1)
         return expanded_attention(q_nope, q_pe, k_nope, k_pe, v, self.softmax_scale)
 
     def _decode(
         self, q_nope: Tensor, q_pe: Tensor, cached: KeyValue, active: KeyValue, mask: Tensor, active_mask: Tensor | None
     ) -> Tensor:
         w_kv_NdR = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
-        w_uk, w_uv = w_kv_NdR.split((self.nope_dim, self.v_dim), 1)
+        w_uk, w_uv = w_kv_NdR.tensor_split((self.nope_dim,), 1)
         return absorbed_attention(q_nope, q_pe, w_uk, w_uv, cached, active, mask, active_mask, self.softmax_scale)
 
 
 class DeepseekV3Router(nn.Module):
     """Group-limited router, in float32 from the logits on.
 
+    A prompt's tokens are shared out among the ranks where they can be: in float32 the matrix units take four times as
+    long. With sequence parallelism they come shared out, and NxD gathers what was chosen.
     Has the attributes that NxD's MoE module asks of a router.
     """
 
     sequence_dimension = 1
+    # This rank's part of tokens [T, H], [T/TP, H]; set by backend.build_moe, None where every rank routes all tokens.
+    own_tokens: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config: DeepseekV3InferenceConfig):
         super().__init__()
         model, dtype = config.model, config.neuron_config.torch_dtype
         self.sequence_parallel_enabled = config.neuron_config.sequence_parallel_enabled
+        self.tp_degree = config.neuron_config.tp_degree
         self.num_experts, self.top_k = model.n_routed_experts, model.num_experts_per_tok
         self.hidden_size = model.hidden_size
         self.scoring, self.grouping = SCORING[model.member.scoring], model.member.grouping
@@ -178,16 +186,33 @@ class DeepseekV3Router(nn.Module):
         self.e_score_correction_bias = nn.Parameter(torch.zeros(self.num_experts), requires_grad=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [B, S, H]. Returns float32 logits [T, E]; the final mixing weights [T, E], normalised, scaled
-        and zero for experts not chosen, in the dtype of hidden_states; the chosen experts, int64 [T, K]."""
+        """hidden_states [B, S, H]. Returns float32 logits [T, E], of this rank's tokens alone where they are shared
+        out; the final mixing weights [T, E], normalised, scaled and zero for experts not chosen, in the dtype of
+        hidden_states; the chosen experts, int64 [T, K]."""
         tokens_TH = hidden_states.flatten(0, -2)
+        shared_out = self._shares_out(hidden_states)
+        logits_TE, weights_TK, index_TK = self._route(self.own_tokens(tokens_TH) if shared_out else tokens_TH)
+        if shared_out:
+            choice = backend.gather_sequence(packed(weights_TK, index_TK).unsqueeze(0)).squeeze(0)
+            weights_TK, index_TK = unpacked(choice)
+        return logits_TE, spread(weights_TK, index_TK, self.num_experts).to(hidden_states.dtype), index_TK
+
+    def _shares_out(self, hidden_states: Tensor) -> bool:
+        """Prompts of a multiple of the ranks, two tokens each at least. A step's few tokens are not worth a gather."""
+        batch, length, _ = hidden_states.shape
+        tokens, ranks = batch * length, self.tp_degree
+        is_prompt = length > 1 and not self.sequence_parallel_enabled
+        return is_prompt and ranks > 1 and tokens % ranks == 0 and tokens >= 2 * ranks and self.own_tokens is not None
+
+    def _route(self, tokens_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [T, E], weights and indices [T, K] of the chosen experts."""
         logits_TE = F.linear(tokens_TH.to(torch.float32), self.linear_router.weight.to(torch.float32))
         scores_TE = self.scoring(logits_TE)
         index_TK = select_experts(
             scores_TE, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group, self.grouping
         )
-        weights_TE = expert_weights(scores_TE, index_TK, self.norm_topk_prob, self.routed_scaling_factor)
-        return logits_TE, weights_TE.to(hidden_states.dtype), index_TK
+        weights_TK = expert_weights(scores_TE, index_TK, self.norm_topk_prob, self.routed_scaling_factor)
+        return logits_TE, weights_TK, index_TK
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepseekV3Router":
         """Moves and casts like any module, but leaves the correction bias in float32: NxDI casts whole models to

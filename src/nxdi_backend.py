@@ -1,10 +1,15 @@
 """The surface of the seam on real NxD and NxDI."""
 
 import copy
+import functools
 from typing import Any
 
+from neuronx_distributed.modules.moe.expert_mlps_v2 import ExpertMLPsV2
 from neuronx_distributed.parallel_layers.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
-from neuronx_distributed.parallel_layers.mappings import gather_from_sequence_parallel_region
+from neuronx_distributed.parallel_layers.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_process_group_spmd,
+)
 from neuronx_distributed.utils import cpu_mode
 from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
@@ -27,6 +32,22 @@ def gather_sequence(x: Tensor) -> Tensor:
     return gather_from_sequence_parallel_region(x, sequence_dimension=1, to_model_parallel=False)
 
 
+def _own_tokens(spmd_rank: nn.Module, tokens: Tensor) -> Tensor:
+    """This rank's rows of tokens that all ranks have: [T, H] to [T/TP, H]. All ranks run one graph, so that the rank's
+    number is one of its weights."""
+    return scatter_to_process_group_spmd(tokens, partition_dim=0, rank=spmd_rank.get_rank())
+
+
+def _block_map(**sizes: Any) -> tuple[Tensor, Tensor]:
+    """NxD's map of blocks to experts and tokens, the latter as a tensor of its own.
+
+    NxD reduces it over the ranks in place, in a view. Where torch_xla runs with functionalization, a view of that view
+    shows the values ahead of the reduction: this rank's tokens alone.
+    """
+    block_to_expert, token_position_to_id = ExpertMLPsV2.get_blockwise_expert_and_token_mapping(**sizes)
+    return block_to_expert, token_position_to_id.clone()
+
+
 def build_moe(config: Any, router: nn.Module) -> nn.Module:
     """NxD's MoE module for routed and shared experts, with `router` in the place of its own.
 
@@ -39,4 +60,7 @@ def build_moe(config: Any, router: nn.Module) -> nn.Module:
     moe_config.intermediate_size = config.model.moe_intermediate_size
     moe = initialize_moe_module(moe_config)
     moe.router = router
+    moe.expert_mlps.get_blockwise_expert_and_token_mapping = _block_map
+    if hasattr(moe.expert_mlps, "spmd_rank"):  # not without parallelize_token_to_block_mapping
+        router.own_tokens = functools.partial(_own_tokens, moe.expert_mlps.spmd_rank)
     return moe

@@ -1,6 +1,7 @@
 """Third-party code on a user's files and arguments: whatever it raises becomes one line of ours."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,12 @@ def told(what: str, *kinds: type[Exception]) -> Iterator[None]:
         if isinstance(error, KeyError | AttributeError | TypeError):
             reason = f"{type(error).__name__}: {reason}"
         raise ConfigError(f"{what}: {reason[:_LONGEST]}") from error
+
+
+def started_by_torchrun(variable: str = "WORLD_SIZE") -> int:
+    """The number of processes that torchrun started, 1 without it. Raises ConfigError."""
+    with told(f"{variable} is not torchrun's", ValueError):
+        return int(os.environ.get(variable, "1"))
 
 
 def load_tokenizer(model_dir: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

@@ -31,6 +31,13 @@ def add_device_graphs(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
 
 
+def file_name(text: str) -> str:
+    """Of a file or folder. An empty one, of a shell variable that is not set, would be the folder that one is in."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file or folder")
+    return text
+
+
 def positive_int(text: str) -> int:
     return _integer(text, 1)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from .arguments import file_name
 
 if TYPE_CHECKING:
     from ..accuracy.comparison import Comparison
@@ -18,17 +19,22 @@ _COMPILED_CONFIG = "neuron_config.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("golden", help="folder that `nxdi-deepseek golden` has written")
+    parser.add_argument("golden", type=file_name, help="folder that `nxdi-deepseek golden` has written")
     parser.add_argument(
         "subject",
+        type=file_name,
         metavar="RUN|MODEL_DIR|COMPILED_DIR",
         help="a recorded run, a checkpoint folder to run on the CPU, or what NxDI's compile() has written",
     )
     parser.add_argument("--backend", choices=("embedded", "nxdi"), help="what runs the model (default: NxDI if found)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="to run the model in")
-    parser.add_argument("--gates", metavar="FILE", help="JSON with the bounds to reach; default: those of the dtype")
+    parser.add_argument(
+        "--gates", type=file_name, metavar="FILE", help="JSON with the bounds to reach; default: those of the dtype"
+    )
     parser.add_argument("--bisect", action="store_true", help="name the first module that is wrong (golden --trace)")
-    parser.add_argument("--out", metavar="DIR", help="write report.html, report.json, tokens.csv and the run here")
+    parser.add_argument(
+        "--out", type=file_name, metavar="DIR", help="write report.html, report.json, tokens.csv and the run here"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,12 +13,20 @@ from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pre
 from ..device_graphs import process
 from ..errors import ConfigError
 from ..streaming import BatchStreamer, TextPrinter
-from .arguments import add_device_graphs, non_negative_float, non_negative_int, positive_int, probability, seed
+from .arguments import (
+    add_device_graphs,
+    file_name,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+    probability,
+    seed,
+)
 from .prompts import add_prompt_arguments, check_ids, read_generation_config, read_prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint")
+    parser.add_argument("model_dir", type=file_name, help="folder of a Hugging Face checkpoint")
     add_prompt_arguments(parser)
     parser.add_argument("--max-new-tokens", type=positive_int, default=64)
     parser.add_argument(

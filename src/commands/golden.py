@@ -9,12 +9,20 @@ from ..accuracy.recording import Entry, Rule
 from ..checkpoint.folder import Checkpoint
 from ..dtypes import model_dtype
 from ..errors import ConfigError
-from .arguments import non_negative_int, positive_int
-from .prompts import add_prompt_arguments, check_ids, parse_ids, read_generation_config, read_prompts, stop_tokens
+from .arguments import file_name, non_negative_int, positive_int
+from .prompts import (
+    add_prompt_arguments,
+    check_ids,
+    check_plain_greedy,
+    parse_ids,
+    read_generation_config,
+    read_prompts,
+    stop_tokens,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint, FP8 or not")
+    parser.add_argument("model_dir", type=file_name, help="folder of a Hugging Face checkpoint, FP8 or not")
     add_prompt_arguments(parser)
     parser.add_argument(
         "--continuation",
@@ -31,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive_int, default=1, help="of the inference_demo run to check (default 1)"
     )
-    parser.add_argument("--out", required=True, help="folder to write; an unfinished run there goes on")
+    parser.add_argument("--out", type=file_name, required=True, help="folder to write; an unfinished run there goes on")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
         prompts, drafts = _prompts(args)
         check_ids([prompt.prompt for prompt in prompts], config.vocab_size)
         check_ids([draft for draft in drafts if draft], config.vocab_size)
-        stops = stop_tokens(read_generation_config(args.model_dir, config))
+        generation = read_generation_config(args.model_dir, config)
+        check_plain_greedy(generation)
+        stops = stop_tokens(generation)
         rule = Rule(args.max_new_tokens, tuple(stops), args.min_new_tokens)
         dtype = model_dtype(args.dtype)
         recording = make_golden(

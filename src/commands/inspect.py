@@ -4,10 +4,13 @@ import argparse
 
 from ..checkpoint.summary import CheckpointSummary, inspect_checkpoint
 from ..progress_bar import format_bytes
+from .arguments import file_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint; headers, norms and scales are read")
+    parser.add_argument(
+        "model_dir", type=file_name, help="folder of a Hugging Face checkpoint; headers, norms and scales are read"
+    )
     parser.add_argument("--full", action="store_true", help="read all weights, to find NaN and infinity in them")
 
 

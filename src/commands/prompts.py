@@ -9,6 +9,28 @@ from ..model_config import ModelConfig
 from ..requests import check_token_ids
 from ..third_party import encode, load_generation_config, load_tokenizer
 
+# Fields of generation_config.json that make greedy search take another token than the likeliest, with the values that
+# change nothing.
+_CHANGES_GREEDY_TOKENS = {
+    "num_beams": (None, 1),
+    "repetition_penalty": (None, 1, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+} | dict.fromkeys(
+    (
+        "bad_words_ids",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "exponential_decay_length_penalty",
+        "sequence_bias",
+        "watermarking_config",
+    ),
+    (None,),
+)
+
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
@@ -55,6 +77,17 @@ def read_generation_config(model_dir: str, config: ModelConfig) -> GenerationCon
     # Sampling is the command line's business.
     generation.do_sample, generation.temperature, generation.top_p, generation.top_k = False, 1.0, 1.0, 50
     return generation
+
+
+def check_plain_greedy(generation: GenerationConfig) -> None:
+    """Raises ConfigError where `generate` would follow the file to other tokens than the likeliest ones."""
+    for name, neutral in _CHANGES_GREEDY_TOKENS.items():
+        value = getattr(generation, name, None)
+        if value not in neutral:
+            raise ConfigError(
+                f"generation_config.json: {name}={value!r} changes greedy tokens, and golden records the likeliest; "
+                f"remove it (--min-new-tokens is golden's own)"
+            )
 
 
 def stop_tokens(generation: GenerationConfig) -> list[int]:

@@ -8,11 +8,12 @@ from ..checkpoint.sharder import shard_checkpoint
 from ..dtypes import MODEL_DTYPES
 from ..progress_bar import ByteBar, format_bytes, format_seconds
 from ..weight_forms import BF16, FORMS
+from .arguments import file_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", help="folder of a Hugging Face checkpoint, FP8, INT4, BF16 or FP32")
-    parser.add_argument("out_dir", help="gets weights/tp{rank}_sharded_checkpoint.safetensors")
+    parser.add_argument("model_dir", type=file_name, help="folder of a Hugging Face checkpoint, FP8, INT4, BF16 or FP32")
+    parser.add_argument("out_dir", type=file_name, help="gets weights/tp{rank}_sharded_checkpoint.safetensors")
     parser.add_argument("--tp-degree", type=int, required=True, help="number of ranks, 64 on a trn2.48xlarge")
     parser.add_argument("--dtype", choices=MODEL_DTYPES, default="bfloat16")
     parser.add_argument(

@@ -4,12 +4,15 @@ import argparse
 
 from ..checkpoint.unsharder import unshard
 from ..progress_bar import ByteBar, format_bytes
+from .arguments import file_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out_dir", help="the OUT_DIR that shard wrote, with the files of all ranks")
+    parser.add_argument("out_dir", type=file_name, help="the OUT_DIR that shard wrote, with the files of all ranks")
     parser.add_argument(
-        "model_dir", help="folder to write: config.json, index and shards in the dtype of the rank files"
+        "model_dir",
+        type=file_name,
+        help="folder to write: config.json, index and shards in the dtype of the rank files",
     )
     parser.add_argument("--jobs", type=int, help="threads; one per core if not given")
 

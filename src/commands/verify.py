@@ -4,11 +4,12 @@ import argparse
 
 from ..checkpoint.verifier import verify_shards
 from ..progress_bar import ByteBar, format_bytes, format_seconds
+from .arguments import file_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", help="folder of the Hugging Face checkpoint")
-    parser.add_argument("out_dir", help="the OUT_DIR that shard wrote")
+    parser.add_argument("model_dir", type=file_name, help="folder of the Hugging Face checkpoint")
+    parser.add_argument("out_dir", type=file_name, help="the OUT_DIR that shard wrote")
     share = parser.add_mutually_exclusive_group()
     share.add_argument("--sample", type=float, default=0.01, help="share of the regions to recompute, at random")
     share.add_argument("--full", action="store_true", help="recompute all of them, and the manifest's checksums")

@@ -25,6 +25,9 @@ def prepare(form: str = "executed") -> None:
         raise DeviceGraphError("this process has another backend already; lower graphs in a process of their own")
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["NXDI_DEEPSEEK_BACKEND"] = "nxdi"
+    # As torch-neuronx has it by default. Tensor.split then gives wrong values but along the first axis, without a word
+    # (pytorch/xla issue 8640).
+    os.environ.setdefault("XLA_DISABLE_FUNCTIONALIZATION", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else importing it starts processes that idle
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .parallel_layers import ColumnParallelLinear, RowParallelLinear
-from .parallel_state import gather_sequence, reduce, tensor_parallel_size
+from .parallel_state import gather_sequence, own_tokens, reduce, tensor_parallel_size
 
 
 class ExpertWeights(nn.Module):
@@ -92,6 +92,7 @@ class MoE(nn.Module):
 def build_moe(config: Any, router: nn.Module) -> MoE:
     """The MoE module of one layer, with the given router."""
     dtype, hidden, width = config.neuron_config.torch_dtype, config.hidden_size, config.moe_intermediate_size
+    router.own_tokens = own_tokens
     experts = ExpertMLPs(config.n_routed_experts, hidden, width, dtype=dtype)
     shared = SharedExperts(hidden, width * config.n_shared_experts, dtype) if config.n_shared_experts else None
     return MoE(router, experts, shared, config.neuron_config.sequence_parallel_enabled)

@@ -1,19 +1,16 @@
 """The tensor-parallel group: one process, or all processes of torch.distributed."""
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..third_party import told
+from ..third_party import started_by_torchrun, told
 
 
 def initialize_model_parallel(tp_degree: int, device: torch.device) -> None:
     """Joins the processes that torchrun started. Raises ConfigError unless there are `tp_degree` of them."""
-    with told("WORLD_SIZE is not torchrun's"):
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = started_by_torchrun()
     if dist.is_initialized():
         processes = dist.get_world_size()
     if processes != tp_degree:
@@ -63,6 +60,11 @@ def gather_sequence(x: Tensor) -> Tensor:
 def split_sequence(x: Tensor) -> Tensor:
     """This rank's part of the sequence axis: [B, S, H] to [B, S/TP, H]."""
     return x.chunk(tensor_parallel_size(), dim=1)[tensor_parallel_rank()] if is_split(x) else x
+
+
+def own_tokens(tokens: Tensor) -> Tensor:
+    """This rank's rows of tokens that all ranks have: [T, H] to [T/TP, H]."""
+    return tokens.chunk(tensor_parallel_size())[tensor_parallel_rank()]
 
 
 def reduce(x: Tensor, sequence_parallel: bool) -> Tensor:

@@ -3,9 +3,9 @@
 import re
 
 import pytest
+from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.example_configs import WIDE_CONFIG
-from nxdi_deepseek.reference import hugging_face_model, reference_logits
 from support.device_graphs import written
 
 

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 from nxdi_deepseek import modeling_deepseek
+from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.example_configs import WIDE_CONFIG
-from nxdi_deepseek.reference import hugging_face_model, reference_logits
 from support.device_graphs import TokenSession, load, top_k_top_p_at_one_half, written
 from support.models import V3, random_prompts
 

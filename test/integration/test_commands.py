@@ -46,3 +46,14 @@ def test_two_runs_at_once(tmp_path):
     assert [run.returncode for run in runs] == [0, 0]
     assert outputs[0][-1] == outputs[1][-1]
     assert len(outputs[0][-1].split()) == 6
+
+
+def test_a_number_of_processes_that_is_none(tmp_path):
+    """NxD reads it while it is imported."""
+    write_checkpoint(tmp_path, DEMO_CONFIG)
+    command = [sys.executable, "-m", "nxdi_deepseek.cli", "generate", str(tmp_path), "--prompt-ids", "5"]
+    environment = cpu_environment() | {"WORLD_SIZE": "two"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "WORLD_SIZE is not torchrun's" in run.stderr

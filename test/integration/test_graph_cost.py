@@ -57,9 +57,14 @@ def dense(phase, length, batch):
     return attention(phase, length, batch) + mlp(tokens, C["intermediate_size"])
 
 
+def router(phase, tokens):
+    """The ranks share out the tokens of a prompt, where they divide them."""
+    return 2 * tokens * HIDDEN * EXPERTS // (TP if phase == "prefill" and tokens % TP == 0 else 1)
+
+
 def moe(phase, length, batch):
     tokens = batch * length if phase == "prefill" else batch
-    always = attention(phase, length, batch) + 2 * tokens * HIDDEN * EXPERTS + mlp(tokens, C["moe_intermediate_size"])
+    always = attention(phase, length, batch) + router(phase, tokens) + mlp(tokens, C["moe_intermediate_size"])
     if phase == "decode":
         return always + mlp(tokens * TOP_K, C["moe_intermediate_size"])
     # The experts are a kernel; NxD counts tokens per expert, and blocks, by multiplying with a triangle of ones.
@@ -114,6 +119,13 @@ def test_kernel_flops_follow_from_the_blocks(cost):
     blocks = -(-(tokens * TOP_K - (EXPERTS - 1)) // block_size) + EXPERTS - 1
     rows = blocks * block_size
     assert sum(cost("moe", "prefill", tokens, 1).kernel_flops.values()) == mlp(rows, C["moe_intermediate_size"])
+
+
+def test_the_router_takes_a_tenth_of_a_layers_matrix_cycles_at_most(cost):
+    """In float32 the matrix units take four times as long as in BF16."""
+    counted = cost("moe", "prefill", 2048, 1)
+    assert counted.dot_flops["F32"] == router("prefill", 2048)
+    assert 4 * counted.dot_flops["F32"] <= 0.1 * (4 * counted.dot_flops["F32"] + counted.dot_flops["BF16"])
 
 
 def test_attention_reads_each_weight_and_the_cache_once(cost):

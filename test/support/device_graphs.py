@@ -1,10 +1,10 @@
 """Models on device graphs, and what is asked of their tokens. For processes that are prepared for it."""
 
 import torch
+from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.application import NeuronDeepseekV3ForCausalLM
 from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.device_graphs.loading import load_on_device_graphs
-from nxdi_deepseek.reference import hugging_face_model, reference_logits
 
 from support.models import Session, greedy, load_config
 

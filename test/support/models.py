@@ -26,7 +26,7 @@ V3 |= {"hidden_size": 96, "intermediate_size": 160, "moe_intermediate_size": 72,
 
 CONFIGS = {
     "v3": V3,
-    "nope wider than v": V3 | {"qk_nope_head_dim": 24, "v_head_dim": 40},
+    "v wider than nope": V3 | {"qk_nope_head_dim": 24, "v_head_dim": 40},
     "no q_lora (Moonlight)": V3
     | {
         "q_lora_rank": None,

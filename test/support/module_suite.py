@@ -29,7 +29,7 @@ THRESHOLDS = {
     "decoder layer": 4 * 4000**0.5 * U,
     "model": 4 * 12000**0.5 * U,
 }
-NAMES = ("v3", "no q_lora (Moonlight)", "nope wider than v", "attention_bias", "two shared experts")
+NAMES = ("v3", "no q_lora (Moonlight)", "v wider than nope", "attention_bias", "two shared experts")
 DENSE, SPARSE = 0, 1
 B, S = 2, 11
 

@@ -192,3 +192,31 @@ def test_nxdi_that_is_too_old_is_one_line(tmp_path):
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "install the Neuron SDK 2.29 or newer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", ""),
+        ("shard", "", "out", "--tp-degree", "2"),
+        ("shard", "model", "", "--tp-degree", "2"),
+        ("verify", "model", ""),
+        ("unshard", "", "model"),
+        ("unshard", "out", ""),
+        ("golden", "model", "--prompt-ids", "5", "--out", ""),
+        ("generate", "", "--prompt-ids", "5"),
+        ("compare", "", "model"),
+        ("compare", "golden", ""),
+        ("compare", "golden", "model", "--out", ""),
+        ("compare", "golden", "model", "--gates", ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_file_name(tmp_path, monkeypatch, capsys, arguments):
+    """It would be the folder that one is in."""
+    monkeypatch.chdir(tmp_path)
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "'' is not the name of a file or folder" in error
+    assert list(tmp_path.iterdir()) == []

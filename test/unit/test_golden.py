@@ -1,6 +1,7 @@
 """Golden outputs against transformers' whole model, and what a killed run leaves."""
 
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -343,3 +344,22 @@ def test_a_folder_in_use_is_refused(model_dir, made, tmp_path, capsys):
     (tmp_path / "unfinished" / "request.json").write_text("{}")
     assert golden(model_dir, tmp_path) == 2
     assert "an unfinished run of another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fields", [{"repetition_penalty": 1.2}, {"suppress_tokens": [3]}, {"no_repeat_ngram_size": 2}])
+def test_a_generation_config_that_changes_greedy_tokens_is_refused(model_dir, tmp_path, capsys, fields):
+    """`generate` follows it, and golden outputs would differ from a model that is right."""
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(fields))
+    assert golden(tmp_path / "model", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"generation_config.json: {next(iter(fields))}=" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_generation_config_for_sampling_is_taken(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "model")
+    released = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.0, "eos_token_id": 1}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(released))
+    assert golden(tmp_path / "model", tmp_path / "out", "--max-new-tokens", "1", prompts=[(5, 6)]) == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from nxdi_deepseek.modeling_deepseek import DeepseekV3Router
-from nxdi_deepseek.routing import expert_weights, select_experts
+from nxdi_deepseek.routing import expert_weights, packed, select_experts, spread, unpacked
 from support.models import V3, make_config
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -46,10 +46,29 @@ def test_ruled_out_groups_lose_even_to_negative_scores():
     assert select_experts(scores, bias, top_k=2, n_group=2, topk_group=1).tolist() == [[0, 1]]
 
 
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_groups_of_equal_scores_are_ruled_out_one_by_one(levels):
+    """Few distinct scores, so that most groups tie: as many groups stay as are asked for, the ones that topk names."""
+    scores = torch.randint(levels, (200, 32), generator=torch.Generator().manual_seed(0)).float() / levels
+    chosen = select_experts(scores, torch.zeros(32), top_k=12, n_group=8, topk_group=3)
+    groups = scores.unflatten(-1, (8, 4)).topk(2).values.sum(-1).topk(3).indices
+    allowed = torch.zeros(200, 8, dtype=torch.bool).scatter(-1, groups, True)
+    of_allowed = scores.masked_fill(~allowed.repeat_interleave(4, dim=-1), float("-inf")).topk(12).indices
+    assert torch.equal(chosen, of_allowed)  # all 12 experts of 3 groups, in the same order
+    assert torch.equal((chosen // 4).sort(-1).values, groups.sort(-1).values.repeat_interleave(4, dim=-1))
+
+
 def test_bias_selects_but_does_not_weigh():
     scores = torch.tensor([[0.5, 0.4, 0.3, 0.2]])
     bias = torch.tensor([-1.0, 0.0, 0.0, 1.0])
     chosen = select_experts(scores, bias, top_k=2, n_group=1, topk_group=1)
     assert chosen.tolist() == [[3, 1]]
     weights = expert_weights(scores, chosen, normalize=True, scaling_factor=3.0)
-    torch.testing.assert_close(weights, torch.tensor([[0.0, 2.0, 0.0, 1.0]]))
+    torch.testing.assert_close(spread(weights, chosen, 4), torch.tensor([[0.0, 2.0, 0.0, 1.0]]))
+
+
+def test_weights_and_experts_survive_one_collective():
+    weights = torch.rand(3, 2)
+    index = torch.tensor([[0, 4095], [255, 1], [4094, 383]])  # 4,096 experts at most
+    for before, after in zip((weights, index), unpacked(packed(weights, index)), strict=True):
+        assert after.dtype == before.dtype and torch.equal(after, before)
