@@ -16,6 +16,7 @@ from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name
 from .errors import ConfigError
 from .modeling_deepseek import NeuronDeepseekV3Model
+from .planning.load_check import check_loads
 from .requests import RequestChecks, take_rows
 from .third_party import started_by_torchrun, told
 
@@ -82,8 +83,12 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         return output
 
     def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
-        """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later."""
+        """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later.
+
+        Raises ConfigError first where a logical core could not hold what would be compiled.
+        """
         if self._runs_on_neuron():
+            check_loads(self.config.model, self.neuron_config)
             super().compile(compiled_model_path, *args, **kwargs)
         else:
             self.config.save(compiled_model_path)

@@ -16,7 +16,7 @@ def command_lines(config: ModelConfig, shape: CompiledShape, model_dir: str) -> 
     to its own limit."""
     lines = {"shard": _shard(shape, model_dir, _COMPILED), "inference_demo": _inference_demo(config, shape, model_dir)}
     if shape.prompt_length == shape.seq_len:
-        lines |= {"shard for vLLM": _shard(shape, model_dir, _SERVED), "vLLM": _vllm(config, shape, model_dir)}
+        lines |= {"shard for vLLM": _shard(shape, model_dir, _SERVED), "vLLM": _vllm(shape, model_dir)}
     return lines
 
 
@@ -41,9 +41,9 @@ def _inference_demo(config: ModelConfig, shape: CompiledShape, model_dir: str) -
     return f"NEURON_LOGICAL_NC_CONFIG={shape.lnc} {_line(words)}"
 
 
-def _vllm(config: ModelConfig, shape: CompiledShape, model_dir: str) -> str:
+def _vllm(shape: CompiledShape, model_dir: str) -> str:
     overrides = {"save_sharded_checkpoint": True, "logical_nc_config": shape.lnc}
-    overrides |= shape.form.neuron_fields(config, shape.tp_degree) if shape.form.is_fp8 else {}
+    overrides |= {"weights": shape.form.name} if shape.form.is_fp8 else {}
     words = ["vllm", "serve", model_dir, "--tensor-parallel-size", shape.tp_degree, "--max-model-len", shape.seq_len]
     words += ["--max-num-seqs", shape.batch_size, "--no-enable-prefix-caching"]
     words += ["--num-gpu-blocks-override", shape.batch_size]
