@@ -18,6 +18,7 @@ from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name
 from .errors import ConfigError
 from .modeling_deepseek import NeuronDeepseekV3Model
+from .planning.load_check import check_loads
 from .rank_files import check_rank_files
 from .requests import RequestChecks, take_rows
 from .third_party import started_by_torchrun, told
@@ -96,9 +97,11 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
         """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later.
 
-        Logs the instructions of each prompt graph's expert kernels. Raises ConfigError for prompts that they rule out.
+        Logs the instructions of each prompt graph's expert kernels. Raises ConfigError for prompts that they rule out,
+        and where a logical core could not hold what would be compiled.
         """
         if self._runs_on_neuron():
+            check_loads(self.config.model, self.neuron_config)
             for line in check_prompts(self.config):
                 _logger.info(line)
             super().compile(compiled_model_path, *args, **kwargs)

@@ -16,6 +16,7 @@ COMMANDS = {
     "golden": ("golden", "write reference logits from Hugging Face's modules, layer by layer, in a few GB of memory"),
     "generate": ("generate", "complete prompts with a checkpoint folder"),
     "inspect": ("inspect", "what a checkpoint folder holds, from its headers, and what is wrong with it"),
+    "plan": ("plan_memory", "what a rank's memory holds, and what fits on an instance, before anything is compiled"),
     "shard": ("shard", "write one file per rank from a checkpoint folder, as NxDI loads them"),
     "verify": ("verify", "compare rank files with their checkpoint, bit for bit"),
     "unshard": ("unshard", "turn rank files back into a Hugging Face checkpoint"),

@@ -160,7 +160,11 @@ def load_model_config(model_dir: str | Path) -> ModelConfig:
 
 def read_config_json(model_dir: str | Path) -> dict[str, Any]:
     """The config.json of a checkpoint folder. Raises ConfigError when it is missing or not a JSON object."""
-    path = Path(model_dir) / CONFIG_JSON
+    return read_config_file(Path(model_dir) / CONFIG_JSON)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The same for the file itself."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -34,6 +34,9 @@ class ServingChecks:
         if type(current_platform).__module__.startswith("vllm_neuron"):
             check_features(vllm_config)
             check_limits(vllm_config)
+            from .vllm_memory import check_memory_plan
+
+            check_memory_plan(vllm_config, _limits(vllm_config)[0])
 
     def _call_vllms_own(self, method: str, config: Any) -> None:
         if hasattr(self.vllms_own, method):

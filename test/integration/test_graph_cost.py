@@ -19,6 +19,11 @@ from nxdi_deepseek.example_configs import RELEASED_CONFIG as C  # noqa: E402
 from nxdi_deepseek.graph_cost.lowerer import Lowerer  # noqa: E402
 from nxdi_deepseek.graph_cost.request import Request  # noqa: E402
 from nxdi_deepseek.mla import MAX_QUERY_BLOCKS, QUERY_BLOCK  # noqa: E402
+from nxdi_deepseek.model_config import read_model_config  # noqa: E402
+from nxdi_deepseek.planning.prompt_graph import largest_tensor, prompt_tensors  # noqa: E402
+from nxdi_deepseek.planning.rank_memory import cache_bytes_per_token  # noqa: E402
+from nxdi_deepseek.planning.weight_parts import weight_bytes  # noqa: E402
+from nxdi_deepseek.weight_forms import BF16  # noqa: E402
 
 SHARDED_BY_INTERMEDIATE = {
     "blockwise_matmul_config": {"use_shard_on_intermediate_dynamic_while": True, "block_size": 256}
@@ -208,6 +213,30 @@ def test_scales_reach_the_expert_kernel_that_applies_them(lowerer, matmul, is_de
     gate_up = 4 * EXPERT_WEIGHTS * 2 // 3
     assert (counted.largest_intermediate_bytes == gate_up) == is_dequantized
     assert counted.parameter_dtypes["F8E4M3FN"] == EXPERT_WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("part", "length", "steps"),
+    [
+        ("moe", 512, ()),
+        ("moe", 2048, ()),
+        ("dense", 2048, ()),
+        ("attention", 2048, ("attention",)),
+        ("attention", 65536, ("attention",)),  # scores are larger than hidden states
+    ],
+)
+def test_the_plan_knows_the_largest_tensor_of_a_prompt(cost, part, length, steps):
+    tensors = prompt_tensors(read_model_config(C), TP, 1, length, "bfloat16", BF16)
+    assert largest_tensor(tensors, *steps) == cost(part, "prefill", length, 1).largest_intermediate_bytes
+
+
+def test_the_plan_knows_weights_and_cache_of_the_whole_model(cost):
+    counted = cost("model", "prefill", 512, 1)
+    model = read_model_config(C)
+    assert counted.kv_bytes_per_token == cache_bytes_per_token(model, "bfloat16")
+    rank_numbers = 4 * (1 + MOE_LAYERS)
+    weights = sum(weight_bytes(model, TP, "bfloat16", BF16).values())
+    assert 0 <= weights - counted.parameter_bytes <= rank_numbers
 
 
 READS_A_VALUE = """

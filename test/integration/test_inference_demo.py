@@ -3,8 +3,10 @@
 Most run in this process, since importing NxDI takes seconds; those about exit status and start-up in one of their own.
 """
 
+import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -18,6 +20,8 @@ nxdi.require_nxdi()
 
 from nxdi_deepseek import cli  # noqa: E402
 from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.example_configs import RELEASED_CONFIG  # noqa: E402
+from nxdi_deepseek.integrations.registration import INFERENCE_DEMO, register  # noqa: E402
 from nxdi_deepseek.weight_forms import FORMS  # noqa: E402
 from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
@@ -205,3 +209,19 @@ def test_help_is_that_of_nxdi():
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("usage: nxdi-deepseek inference-demo")
     assert re.search(r"--model-type \{llama,.*deepseek_v3", result.stdout)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "fp8", "fp8-block"])
+def test_the_line_that_plan_prints_parses(tmp_path, capsys, monkeypatch, weights):
+    """NxDI's own parser takes it."""
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED_CONFIG))
+    arguments = ["plan", str(tmp_path), "--weights", weights, "--batch-size", "2", "--ctx-batch-size", "1"]
+    assert cli.main([*arguments, "--format", "json"]) == 0
+    _, program, command, *words = shlex.split(json.loads(capsys.readouterr().out)["commands"]["inference_demo"])
+    assert (program, command) == ("nxdi-deepseek", "inference-demo")
+    register()
+    monkeypatch.setattr(sys, "argv", ["inference_demo", *words])
+    args = importlib.import_module(INFERENCE_DEMO).parse_args()
+    assert (args.tp_degree, args.batch_size, args.ctx_batch_size, args.seq_len) == (64, 2, 1, 512)
+    assert args.quantized is (weights != "bf16")
+    assert len(args.prompts) == 2

@@ -44,6 +44,7 @@ def test_no_two_classes_have_one_name():
     "room",
     [
         "checkpoint",
+        "planning",
         "model_config.py",
         "family.py",
         "dtypes.py",
