@@ -1,10 +1,11 @@
-"""Sharding of 48 experts at the released sizes for 64 ranks: 2.1 GB of FP8 become 4.2 GB of BF16.
+"""Sharding of 48 experts at the released sizes for 64 ranks: 2.1 GB of FP8 become 4.2 GB of BF16, or 2.1 GB of FP8.
 
-Prints seconds and the ratios to two baselines of the same run: plainly writing as many bytes in as many files, each
-with fsync (before and after, the faster counts), and the straightforward path in torch. The plain write also warms up:
-a virtual machine may be given its memory only when it is first written to.
+Prints seconds and ratios within the run. BF16 is compared with two baselines: plainly writing as many bytes in as many
+files, each with fsync (before and after, the faster counts), and the straightforward path in torch. FP8 is compared
+with BF16; all forms take turns, and the fastest of each counts. The plain write also warms up: a virtual machine may be
+given its memory only when it is first written to.
 
-    python bench/shard.py [--folder /dev/shm] [--experts 48] [--skip-straightforward]
+    python bench/shard.py [--folder /dev/shm] [--experts 48] [--rounds 2] [--skip-straightforward]
 """
 
 import argparse
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import torch
 from checkpoints import ONE_LAYER, write_random
-from nxdi_deepseek.checkpoint.convert import read_weight
 from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.layout import model_layout
 from nxdi_deepseek.checkpoint.plan import make_plans
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.model_config import load_model_config
+from nxdi_deepseek.weight_forms import FORMS
 from safetensors.torch import load_file, save_file
 
 TP_DEGREE = 64
@@ -80,11 +81,21 @@ def plain_write(folder, files, size):
     return seconds
 
 
+def warm_up(folder, form):
+    """Loads numba and the compiled loops."""
+    with tempfile.TemporaryDirectory(dir=folder) as model_dir:
+        write_random(
+            model_dir, ONE_LAYER | {"n_routed_experts": 8, "moe_intermediate_size": 128 * 64, "hidden_size": 64}
+        )
+        shard_checkpoint(model_dir, f"{model_dir}/out", 2, weights=form)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="/dev/shm", help="folder for the checkpoint")
     parser.add_argument("--folder", default="/dev/shm", help="folder for the output")
     parser.add_argument("--experts", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=2, help="of all forms of weights")
     parser.add_argument("--skip-straightforward", action="store_true", help="it takes most of the time")
     args = parser.parse_args()
     fields = ONE_LAYER | {"n_routed_experts": args.experts}
@@ -95,16 +106,25 @@ def main():
         )
         with Checkpoint(source) as checkpoint:
             file_bytes = make_plans(checkpoint, folder, TP_DEGREE, "bfloat16")[0].file_bytes
-            # Loads numba and the compiled loops.
-            name = next(name for name in checkpoint.reader.names() if name.endswith("down_proj.weight"))
-            read_weight(checkpoint.reader, name, checkpoint.config, torch.bfloat16)
+        for form in FORMS:
+            warm_up(folder, form)
         before = plain_write(Path(folder), TP_DEGREE, file_bytes)
 
         out = Path(folder) / "out"
-        summary = shard_checkpoint(source, out, TP_DEGREE)
+        runs = {form: [] for form in FORMS}
+        for _ in range(args.rounds):
+            for form in FORMS:
+                runs[form].append(shard_checkpoint(source, out, TP_DEGREE, weights=form))
+                shutil.rmtree(out)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"shard_checkpoint: {summary.seconds:.2f} s, peak RSS {peak:.2f} GiB")
-        shutil.rmtree(out)
+        print(f"peak RSS {peak:.2f} GiB")
+        fastest = {form: min(found, key=lambda summary: summary.seconds) for form, found in runs.items()}
+        summary = fastest["bf16"]
+        for form, found in fastest.items():
+            ratio = f"{found.seconds / summary.seconds:.2f} of BF16's time"
+            print(f"{form}: {found.seconds:.2f} s for {found.bytes / 1e9:.2f} GB, {ratio}")
+        for form in ("fp8", "fp8-block"):
+            print(f"error of {form}: " + ", ".join(f"{n} {e:.1e}" for n, e in fastest[form].errors.items()))
         plain = min(before, plain_write(Path(folder), TP_DEGREE, file_bytes))
         print(f"plain write with fsync: {plain:.2f} s for {summary.bytes / 1e9:.2f} GB")
         print(f"ratio to the plain write: {summary.seconds / plain:.2f}")

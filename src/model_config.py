@@ -333,13 +333,23 @@ def _quantization(read: _Fields) -> Quantization | None:
         raise read.error("quantization_config", found, "must be a JSON object or null")
     if not found:
         return None
-    size = found.get("weight_block_size")
+    size = found.get("weight_block_size") or _block_structure(found)
     if size is not None:
         if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
             raise ConfigError(f"{CONFIG_JSON}: weight_block_size {size!r} must be two positive integers")
         size = tuple(size)
     kind = found.get("format") or found.get("quant_algo")
     return Quantization(str(found.get("quant_method") or "fp8"), size, None if kind is None else str(kind))
+
+
+def _block_structure(found: Mapping[str, Any]) -> Any:
+    """What compressed-tensors calls weight_block_size, of the first group that has it."""
+    groups = found.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping) and weights.get("block_structure"):
+            return weights["block_structure"]
+    return None
 
 
 def _stop_tokens(read: _Fields) -> tuple[int, ...]:

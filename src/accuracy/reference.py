@@ -76,12 +76,15 @@ class Weights:
 
     def get(self, name: str) -> Tensor:
         """A whole tensor."""
-        return self.rows(name, 0, self.reader.shape(name)[0])
+        return self._read(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows start..stop of a tensor."""
+        return self._read(name, (start, stop))
+
+    def _read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         dtype = torch.float32 if name.endswith(_BIAS) else self.dtype
-        return read_weight(self.reader, name, self.config, dtype, (start, stop))
+        return read_weight(self.reader, name, self.config, dtype, rows)
 
     def load(self, build: Callable[[], nn.Module], prefix: str) -> nn.Module:
         """A Hugging Face module with its weights: `prefix` and the module's own names make the checkpoint's."""

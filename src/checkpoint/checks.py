@@ -7,12 +7,23 @@ import torch
 
 from ..errors import report_problems
 from ..model_config import ModelConfig
-from .encodings import weight_block_size
 from .fp8 import FP8_DTYPE, SCALE_DTYPES, SCALE_SUFFIX, scale_shape
 from .layout import checkpoint_layout, layer_of, stores_mtp
 from .problem_lines import problem_lines
 from .quantization import block_problem, foreign_quantization, leftover_scales
 from .source import TensorSource
+from .stored import (
+    PACKED_SUFFIX,
+    WEIGHTS_IN_WORD,
+    is_of_activations,
+    is_scale,
+    is_stored,
+    scale_of,
+    scaled_block,
+    shape_of,
+    weight_block_size,
+    weight_of,
+)
 
 WEIGHT_DTYPES = (FP8_DTYPE, torch.bfloat16, torch.float16, torch.float32)
 _NO_PART = "not a tensor of this model; do config.json and the weights belong together?"
@@ -29,10 +40,10 @@ def checkpoint_problems(source: TensorSource, config: ModelConfig) -> list[str]:
 
     The MTP layers count where the checkpoint has them, whether they are to be used or not.
     """
-    foreign = foreign_quantization(source, config)
+    expected = {part.name: part.shape for spec in checkpoint_layout(config, source) for part in spec.sources}
+    foreign = foreign_quantization(source, config, expected)
     if foreign:
         return [foreign, *source.problems]
-    expected = {part.name: part.shape for spec in checkpoint_layout(config, source) for part in spec.sources}
     blocks, leftover = block_problem(source, config), leftover_scales(source, expected)
     # One line tells of the shapes of all scales.
     block_size = None if blocks else weight_block_size(config)
@@ -56,7 +67,7 @@ def ignored_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
     mtp_layers = config.mtp_layers if stores_mtp(config, source) else ()
     kinds: Counter[str] = Counter()
     for name in source.names():
-        if name.removesuffix(SCALE_SUFFIX) in expected or not is_ignored(name, config):
+        if weight_of(name) in expected or not is_ignored(name, config):
             continue
         layer = layer_of(name)
         if layer in mtp_layers:
@@ -69,7 +80,11 @@ def ignored_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
 
 
 def _missing(source: TensorSource, expected: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    names = [name for name in expected if not (name in source or source.is_unreadable(name))]
+    names = [
+        name
+        for name in expected
+        if not (is_stored(source, name) or source.is_unreadable(name) or source.is_unreadable(name + PACKED_SUFFIX))
+    ]
     if len(names) < len(expected):
         return ((source.describe(name), "missing") for name in names)
     what = f"missing, as are all {len(names)} tensors of the model; are these its weights, under other names?"
@@ -84,15 +99,15 @@ def _tensor_faults(
 ) -> Iterator[tuple[str, str]]:
     """(tensor, what is wrong with it). block_size None: the shapes of scales are not looked at."""
     for name in source.names():
-        weight = name.removesuffix(SCALE_SUFFIX)
+        weight = weight_of(name)
         what = None
         if name in expected:
             what = _weight_fault(source, name, expected[name])
-        elif name != weight and weight in expected and weight in source:
-            what = _scale_fault(source, name, block_size and scale_shape(source.shape(weight), block_size))
+        elif weight in expected and is_stored(source, weight):
+            what = _companion_fault(source, name, weight, expected[weight], block_size)
         elif is_ignored(name, config):
             continue
-        elif name != weight and weight not in source:
+        elif weight in expected:
             what = None if source.is_unreadable(weight) else "a scale without its weight"
         else:
             what = _NO_PART
@@ -105,23 +120,53 @@ def _weight_fault(source: TensorSource, name: str, shape: tuple[int, ...]) -> st
     if source.shape(name) != shape:
         return f"shape {list(source.shape(name))}, expected {list(shape)}"
     if dtype not in WEIGHT_DTYPES:
-        return f"dtype {dtype or 'unknown'} is not supported; use an FP8, BF16 or FP32 checkpoint"
+        return f"dtype {dtype or 'unknown'} is not supported; use an FP8, INT4, BF16 or FP32 checkpoint"
     if dtype == FP8_DTYPE and len(shape) != 2:
         return "an FP8 tensor that is no matrix has no block scales; use an original checkpoint"
     scale = name + SCALE_SUFFIX
-    if dtype == FP8_DTYPE and scale not in source and not source.is_unreadable(scale):
+    if dtype == FP8_DTYPE and scale_of(source, name) is None and not source.is_unreadable(scale):
         return f"FP8 weight without its block scales ({SCALE_SUFFIX})"
     return None
 
 
-def _scale_fault(source: TensorSource, name: str, shape: tuple[int, int] | None) -> str | None:
-    if source.dtype(name) not in SCALE_DTYPES:
-        return f"dtype {source.dtype(name) or 'unknown'}, expected float32, bfloat16 or E8M0"
-    if shape and source.shape(name) != shape:
-        return f"shape {list(source.shape(name))}, expected {list(shape)}"
+def _companion_fault(
+    source: TensorSource, name: str, weight: str, shape: tuple[int, ...], block_size: tuple[int, int] | None
+) -> str | None:
+    """What is wrong with a tensor that belongs to a weight of this shape."""
+    packed = weight + PACKED_SUFFIX
+    if name == packed:
+        return _packed_fault(source, weight, shape)
+    if not is_scale(name):
+        of_packed = is_of_activations(name) or packed in source
+        return None if of_packed else f"belongs to a packed weight, but {PACKED_SUFFIX[1:]} is missing"
+    if name != scale_of(source, weight):
+        return "a second scale of its weight; remove one of the two"
+    dtype, found = source.dtype(name), source.shape(name)
+    if dtype not in SCALE_DTYPES:
+        return f"dtype {dtype or 'unknown'}, expected float32, bfloat16 or E8M0"
+    if packed in source:
+        fits = len(found) == 2 and found[0] == shape[0] and found[1] and shape[1] % found[1] == 0
+        return None if fits else f"shape {list(found)}, expected [{shape[0]}, groups] with groups dividing {shape[1]}"
+    if block_size and scaled_block(source.shape(weight), found, block_size) is None:
+        return f"shape {list(found)}, expected {list(scale_shape(source.shape(weight), block_size))}"
+    return None
+
+
+def _packed_fault(source: TensorSource, weight: str, shape: tuple[int, ...]) -> str | None:
+    name = weight + PACKED_SUFFIX
+    if weight in source:
+        return "packed, and stored plainly too; remove one of the two"
+    words = (shape[0], -(-shape[1] // WEIGHTS_IN_WORD)) if len(shape) == 2 else None
+    if source.shape(name) != words:
+        return f"shape {list(source.shape(name))}, expected {list(words or ())} for a weight {list(shape)}"
+    missing = [suffix for suffix in ("_scale", "_shape") if weight + suffix not in source]
+    if missing and not source.is_unreadable(weight + missing[0]):
+        return f"without weight{missing[0]} beside it"
+    if not missing and shape_of(source, weight) != shape:
+        return f"weight_shape says {list(shape_of(source, weight))}, expected {list(shape)}"
     return None
 
 
 def _nonfinite(source: TensorSource, expected: Mapping[str, object]) -> list[str]:
-    names = [name for name in source.nonfinite() if name.removesuffix(SCALE_SUFFIX) in expected]
+    names = [name for name in source.nonfinite() if weight_of(name) in expected]
     return problem_lines((source.describe(name), "holds NaN or infinity; download the file again") for name in names)

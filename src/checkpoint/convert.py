@@ -8,31 +8,42 @@ from torch import Tensor
 
 from ..memory import check_memory
 from ..model_config import ModelConfig
+from ..weight_forms import BF16, WeightForm
 from .checks import check_tensors
 from .decoder import UnitDecoder
 from .folder import Checkpoint
-from .layout import Source, TensorSpec, model_layout, rank_tensor_names
+from .layout import Source, TensorSpec, in_form, model_layout, rank_tensor_names
 from .parallel import run_threads, thread_count
 from .quantization import with_stored_blocks
 from .source import TensorSource
+from .stored import shape_of
 from .units import Unit, plan_units
 
 _WHOLE_REMEDY = "compile with save_sharded_checkpoint, or nxdi-deepseek shard, which writes rank files in little memory"
 
 
 def state_dict_of(
-    source: TensorSource, config: ModelConfig, dtype: torch.dtype, tp_degree: int, rank: int | None = None
+    source: TensorSource,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    tp_degree: int,
+    rank: int | None = None,
+    form: WeightForm = BF16,
 ) -> dict[str, Tensor]:
     """The model's tensors in `dtype` (the router's correction bias in float32), and rank tensors: what `rank`'s file
-    holds; without `rank` the whole tensors, which NxDI cuts, with int32 arange(tp_degree) as rank tensors.
+    holds; without `rank` the whole tensors, which NxDI cuts, with int32 arange(tp_degree) as rank tensors. form: that
+    of the routed experts. Of FP8 with a scale per channel NxDI gives all ranks one scale of `down`, where rank files
+    have each rank's own: whole tensors hold other codes of it.
 
     Raises CheckpointError listing missing, extra and misshapen tensors, or naming one that holds NaN or infinity;
     ConfigError when memory cannot hold the result.
     """
     config = with_stored_blocks(config, source)
     check_tensors(source, config)
-    specs, parts = list(model_layout(config)), 1 if rank is None else tp_degree
-    needed = sum(prod(spec.rank_shape(parts)) * spec.dtype(dtype).itemsize for spec in specs)
+    form.check(config, tp_degree)
+    specs, parts = list(in_form(model_layout(config), form, config, tp_degree)), 1 if rank is None else tp_degree
+    held = (tensor for spec in specs for tensor in spec.rank_tensors(dtype, parts))
+    needed = sum(prod(shape) * tensor_dtype.itemsize for _, tensor_dtype, shape in held)
     if rank is None:
         check_memory(needed, "a state dict of the whole model", _WHOLE_REMEDY)
     else:
@@ -61,7 +72,7 @@ def read_weight(
 
     Raises CheckpointError naming the tensor when it holds NaN or infinity, or cannot be read.
     """
-    shape = source.shape(name)
+    shape = shape_of(source, name)
     start, stop = rows or (0, shape[0])
     unit = Unit(TensorSpec(name, (Source(name, shape),)), 0, start, stop)
     tensor = torch.empty((stop - start, *shape[1:]), dtype=dtype)
@@ -78,14 +89,16 @@ def _decoded(
     tp_degree: int = 1,
     rank: int = 0,
 ) -> dict[str, Tensor]:
-    tensors = {spec.name: torch.empty(spec.rank_shape(tp_degree), dtype=spec.dtype(dtype)) for spec in specs}
+    held = (tensor for spec in specs for tensor in spec.rank_tensors(dtype, tp_degree))
+    tensors = {name: torch.empty(shape, dtype=tensor_dtype) for name, tensor_dtype, shape in held}
     decoder, units = UnitDecoder(source, config, dtype, tp_degree, [rank]), list(plan_units(specs))
 
     def decode(unit: Unit) -> None:
         region = unit.region(rank, tp_degree)
         if region:
             grid = tensors[unit.spec.name].view(unit.spec.grid.rank_shape(tp_degree))
-            decoder.decode_region(unit, region, _bits(grid[unit.expert, region.start : region.stop]))
+            scale = tensors[unit.spec.scale_name][unit.expert].numpy() if unit.spec.scale else None
+            decoder.decode_region(unit, region, _bits(grid[unit.expert, region.start : region.stop]), scale)
 
     for _ in run_threads(units, decode, min(thread_count(None), decoder.affordable_jobs(units))):
         pass
@@ -94,4 +107,4 @@ def _decoded(
 
 def _bits(tensor: Tensor) -> np.ndarray:
     """The memory of a tensor as the decoder writes it."""
-    return tensor.view(torch.uint32 if tensor.itemsize == 4 else torch.uint16).numpy()
+    return tensor.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[tensor.itemsize]).numpy()

@@ -5,6 +5,8 @@ there and another class with a `paste`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -12,19 +14,23 @@ import torch
 
 from ..dtypes import dtype_name, to_safetensors
 from ..errors import CheckpointError
-from ..model_config import ModelConfig
-from .fp8 import CODE_VALUES, FP8_MAX, SCALE_SUFFIX, scale_to_float32
-from .numba_kernels import copy_strips, decode_blocks, largest_magnitude
+from .fp8 import CODE_VALUES, FP8_DTYPE, FP8_MAX, scale_to_float32
+from .numba_kernels import copy_strips, decode_blocks, decode_values, largest_magnitude
+from .quantizing import cell_size, halve, lies_within, quantize_strips, scale_of_cells, strip_rows
 from .source import TensorSource
+from .stored import StoredWeight
 from .units import Range
 
 # The integers that hold the bits of what comes out.
-BITS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+BITS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16, FP8_DTYPE: np.uint8}
 _FP8 = "F8_E4M3"
 # The bits of the largest number of each format; infinity and NaN lie above.
 _LARGEST = {_FP8: 0x7E, "BF16": 0x7F7F, "F16": 0x7BFF, "F32": 0x7F7FFFFF}
-_DEFAULT_BLOCK = (128, 128)  # the released size
 _CHUNK = 1 << 15  # elements
+_TABLE_PAYS = 1 << 10  # weights of a block, from which on a table of what its 256 codes stand for is worth making
+_NIBBLE_VALUES = torch.arange(-8, 8, dtype=torch.float32).to(FP8_DTYPE).view(torch.uint8).numpy().astype(np.uint16)
+# For each byte the codes of its lower and upper four bits.
+_CODES_OF_NIBBLES = (_NIBBLE_VALUES[:, None] << 8 | _NIBBLE_VALUES).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -43,22 +49,36 @@ class EncodedRows(Protocol):
     def paste(self, rows: Range, columns: Range, out: np.ndarray) -> None:
         """Decodes a rectangle of the source into `out`, the bits of its place in the tensor."""
 
+    def quantize(self, rows: Range, columns: Range, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Makes FP8 codes and scales of a rectangle of a source that lies transposed in its tensor.
+
+        codes: uint8 [columns, rows]; scale: float32 [cells along columns, cells along rows]. Returns float64 [2]: the
+        sum of squares of the weights, and of the error (see quantizing.py).
+        """
+
 
 def encoded_rows(
-    source: TensorSource, name: str, read: Window, config: ModelConfig, dtype: torch.dtype, transposed: bool
+    source: TensorSource, stored: StoredWeight, read: Window, dtype: torch.dtype, transposed: bool
 ) -> EncodedRows:
     """What was read of a weight, to be decoded to `dtype`; `read` holds uint8 [rows, bytes].
 
     Raises CheckpointError naming the tensor when it holds NaN or infinity, or will in `dtype`.
     """
-    what, stored = source.describe(name), source.entries[name].dtype
-    if stored == _FP8:
-        return _Fp8Rows(read, finite_scale(source, name), weight_block_size(config), dtype, transposed, what)
-    return _PlainRows(read, stored, dtype, transposed, what)
+    what, found = source.describe(stored.name), source.entries[stored.name].dtype
+    if stored.scale is None:
+        return _PlainRows(read, found, dtype, transposed, what)
+    scale = finite_scale(source, stored.scale)
+    scale = scale if scale.ndim == 2 else scale.reshape(-1, 1)
+    if stored.packed > 1:
+        read = Window([(start, _unpacked(raw)) for start, raw in read.parts], read.left)
+    else:
+        for _, codes in read.parts:
+            _check_finite(codes, _FP8, what)
+    return _CodedRows(read, scale, stored.block, dtype, transposed, what)
 
 
-class _Fp8Rows:
-    """An FP8 matrix with block scales, see fp8.py."""
+class _CodedRows:
+    """A matrix of FP8 codes with a scale for each block. INT4 has become such codes, see _unpacked."""
 
     def __init__(
         self,
@@ -69,21 +89,47 @@ class _Fp8Rows:
         transposed: bool,
         what: str,
     ):
-        for _, codes in read.parts:
-            _check_finite(codes, _FP8, what)
-        self._read, self._block_size, self._transposed = read, block_size, transposed
-        self._tables = _decoding_tables(scale if transposed else scale.T, dtype)
+        self._read, self._scale, self._block_size, self._transposed = read, scale, block_size, transposed
         self._dtype, self._what = dtype, what
         self._may_overflow = np.abs(scale).max(initial=0) > torch.finfo(dtype).max / FP8_MAX
 
+    @cached_property
+    def _tables(self) -> np.ndarray:
+        return _decoding_tables(self._scale if self._transposed else self._scale.T, self._dtype)
+
     def paste(self, rows: Range, columns: Range, out: np.ndarray) -> None:
-        codes = self._read.rectangle(rows, columns)
-        if self._transposed:
-            decode_blocks(codes, self._tables, rows[0], columns[0], *self._block_size, out.T)
+        if prod(self._block_size) < _TABLE_PAYS:
+            self._paste_values(rows, columns, out.T if self._transposed else out)
         else:
-            decode_blocks(codes.T, self._tables, columns[0], rows[0], *reversed(self._block_size), out.T)
+            codes = self._read.rectangle(rows, columns)
+            if self._transposed:
+                decode_blocks(codes, self._tables, rows[0], columns[0], *self._block_size, out.T)
+            else:
+                decode_blocks(codes.T, self._tables, columns[0], rows[0], *reversed(self._block_size), out.T)
         if self._may_overflow:
             _check_fits(out, self._dtype, self._what)
+
+    def quantize(self, rows: Range, columns: Range, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        size = cell_size(rows, columns, scale)
+        if lies_within(rows, size[0], self._block_size[0]) and lies_within(columns, size[1], self._block_size[1]):
+            own = scale_of_cells(self._scale, rows, columns, size, self._block_size)
+            return halve(self._read.rectangle(rows, columns), own, codes, scale, self._what)
+        return quantize_strips(rows, columns, lambda part: self._values(part, columns), codes, scale, self._what)
+
+    def _values(self, rows: Range, columns: Range) -> np.ndarray:
+        """The weights, float32 [rows, columns]."""
+        codes = self._read.rectangle(rows, columns)
+        values = np.empty(codes.shape, np.float32)
+        decode_values(codes, self._scale, rows[0], columns[0], *self._block_size, values)
+        return values
+
+    def _paste_values(self, rows: Range, columns: Range, out: np.ndarray) -> None:
+        """out: [rows, columns]."""
+        step = strip_rows(columns)
+        for start in range(*rows, step):
+            part = start, min(start + step, rows[1])
+            chunk = rounded(self._values(part, columns), self._dtype)
+            copy_strips(chunk, out[start - rows[0] : part[1] - rows[0]])
 
 
 class _PlainRows:
@@ -95,6 +141,13 @@ class _PlainRows:
             _check_finite(values, stored, what)
         self._read, self._transposed = Window(bits, read.left), transposed
         self._stored, self._dtype, self._what = stored, dtype, what
+
+    def quantize(self, rows: Range, columns: Range, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        def values(part: Range) -> np.ndarray:
+            bits = self._read.rectangle(part, columns)
+            return _converted(bits, self._stored, torch.float32, self._what).view(np.float32)
+
+        return quantize_strips(rows, columns, values, codes, scale, self._what)
 
     def paste(self, rows: Range, columns: Range, out: np.ndarray) -> None:
         bits, out = self._read.rectangle(rows, columns), out.T if self._transposed else out
@@ -108,25 +161,20 @@ class _PlainRows:
                 out[i : i + step] = chunk
 
 
-def read_scale(source: TensorSource, name: str) -> np.ndarray:
-    """The block scales of a weight, float32 [blocks down, blocks across]."""
-    entry = source.entries[name + SCALE_SUFFIX]
-    raw = np.empty(entry.nbytes, np.uint8)
-    source.read_rows(name + SCALE_SUFFIX, 0, entry.shape[0], raw)
-    return scale_to_float32(torch.from_numpy(raw).view(source.dtype(name + SCALE_SUFFIX))).numpy().reshape(entry.shape)
-
-
 def finite_scale(source: TensorSource, name: str) -> np.ndarray:
-    """As read_scale; raises CheckpointError where one is NaN or infinite."""
-    scale = read_scale(source, name)
+    """A scale as float32, of the shape that is stored. Raises CheckpointError where one is NaN or infinite."""
+    entry = source.entries[name]
+    raw = np.empty(entry.nbytes, np.uint8)
+    source.read_rows(name, 0, entry.shape[0] if entry.shape else 1, raw)
+    scale = scale_to_float32(torch.from_numpy(raw).view(source.dtype(name))).numpy().reshape(entry.shape)
     if not np.isfinite(scale).all():
-        raise _not_finite(source.describe(name + SCALE_SUFFIX))
+        raise _not_finite(source.describe(name))
     return scale
 
 
-def weight_block_size(config: ModelConfig) -> tuple[int, int]:
-    """`weight_block_size` of config.json's quantization_config; 128x128, the released size, where it says nothing."""
-    return config.quantization and config.quantization.block_size or _DEFAULT_BLOCK
+def _unpacked(raw: np.ndarray) -> np.ndarray:
+    """The FP8 codes uint8 [rows, weights] of packed INT4 [rows, bytes]: FP8 holds -8 to 7 exactly."""
+    return _CODES_OF_NIBBLES[raw].view(np.uint8).reshape(len(raw), -1)
 
 
 def _decoding_tables(scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
@@ -135,7 +183,7 @@ def _decoding_tables(scale: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     A block has thousands of weights, so the product and its one rounding are computed once per code, not per weight.
     """
     with np.errstate(over="ignore"):
-        return _rounded(CODE_VALUES * np.ascontiguousarray(scale)[..., None], dtype)
+        return rounded(CODE_VALUES * np.ascontiguousarray(scale)[..., None], dtype)
 
 
 def _converted(bits: np.ndarray, stored: str, dtype: torch.dtype, what: str) -> np.ndarray:
@@ -146,13 +194,13 @@ def _converted(bits: np.ndarray, stored: str, dtype: torch.dtype, what: str) -> 
         values = (bits.astype(np.uint32) << 16).view(np.float32)
     else:
         values = bits.view(np.float16).astype(np.float32) if stored == "F16" else bits.view(np.float32)
-    result = _rounded(values, dtype)
+    result = rounded(values, dtype)
     if dtype != torch.float32:
         _check_fits(result, dtype, what)
     return result
 
 
-def _rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+def rounded(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     """The bits of float32 values rounded to `dtype`, ties to even. NaN is not kept in bfloat16."""
     if dtype == torch.float16:
         with np.errstate(over="ignore"):

@@ -40,12 +40,13 @@ def estimate_sharding(
     ranks: Sequence[int],
     jobs: int | None = None,
     with_mtp: bool = False,
+    weights: str = "bf16",
 ) -> ShardEstimate:
     """Checks the checkpoint as shard_checkpoint does, then writes for some seconds to a file that vanishes."""
     jobs = thread_count(jobs)
     folder = next(path for path in (Path(out_dir).absolute(), *Path(out_dir).absolute().parents) if path.exists())
     with Checkpoint(model_dir) as checkpoint:
-        reader, plans = checkpoint.reader, make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp)
+        reader, plans = checkpoint.reader, make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp, weights)
         probed, seconds = _probe(plans[0], reader, ranks, jobs, folder)
         source_bytes = sum(entry.nbytes for entry in reader.entries.values())
     return ShardEstimate(
@@ -75,8 +76,8 @@ def _probe(
         with tempfile.TemporaryFile(dir=folder) as file:
 
             def write(i: int) -> int:
-                for group, _, bits in decoder.regions(plan.units[i]):
-                    for _ in group:
+                for made in decoder.regions(plan.units[i]):
+                    for _, _, bits in (*plan.placed(plan.units[i], made),) * len(made.ranks):
                         os.write(file.fileno(), memoryview(bits).cast("B"))
                 return plan.unit_output_bytes(i, ranks)
 

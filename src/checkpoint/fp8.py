@@ -2,7 +2,8 @@
 
 A weight is float8_e4m3fn [rows, cols]; `weight_scale_inv` holds one factor per block [ceil(rows/bh), ceil(cols/bw)],
 float32, bfloat16 or E8M0 (a bare exponent byte, value 2^(byte - 127)). Value = float32(weight) * factor, rounded once;
-the last block of a row or column may be partial. Decoding is in encodings.py.
+the last block of a row or column may be partial. Which other ways of storing there are says stored.py; decoding is in
+encodings.py.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8_DTYPE).max
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 SCALE_SUFFIX = "_scale_inv"
 CODE_VALUES = torch.arange(256, dtype=torch.uint8).view(FP8_DTYPE).to(torch.float32).numpy()
 

@@ -15,12 +15,18 @@ _REMEDY = "run without --resume to start over"
 
 
 class Journal:
-    """`digests` is uint64 [units, ranks], the checksum of each region; `done` is bool [units]."""
+    """`digests` is uint64 [units, ranks], the checksum of each region; `sums` float64 [units, ranks, 2], those of
+    decoder.Decoded; `done` is bool [units]."""
 
     def __init__(self, path: Path, identity: dict[str, Any], units: int, ranks: list[int]):
-        self.path, self.identity, self.ranks = path, identity, ranks
-        self.digests = np.zeros((units, len(ranks)), np.uint64)
+        self.path, self.identity = path, identity
         self.done = np.zeros(units, np.bool_)
+        self._start(ranks)
+
+    def _start(self, ranks: list[int]) -> None:
+        self.ranks = ranks
+        self.digests = np.zeros((len(self.done), len(ranks)), np.uint64)
+        self.sums = np.zeros((len(self.done), len(ranks), 2))
 
     def create(self) -> None:
         """Appears with its first line or not at all, so that a run killed here can be resumed as one not yet begun."""
@@ -51,18 +57,23 @@ class Journal:
     def _take_up(self, ranks: list[int], entries: Iterable[Any]) -> None:
         if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
             raise ValueError("ranks must be a list of numbers")
-        self.ranks, self.digests = ranks, np.zeros((len(self.done), len(ranks)), np.uint64)
-        for unit, text in entries:
+        self._start(ranks)
+        for unit, text, *more in entries:
             digests = np.frombuffer(bytes.fromhex(text), ">u8")
             if type(unit) is not int or not 0 <= unit < len(self.done) or len(digests) != len(ranks):
                 raise ValueError(f"no unit of this sharding: {unit!r}")
             self.digests[unit], self.done[unit] = digests, True
+            if more:
+                self.sums[unit] = np.frombuffer(bytes.fromhex(more[0]), ">f8").reshape(-1, 2)
 
     def append(self, units: Iterable[int]) -> None:
         """Notes units as done, durably. Their data must be on the disk, their digests in `digests`."""
         with self.path.open("a", encoding="utf-8") as file:
             for unit in units:
-                file.write(json.dumps([unit, self.digests[unit].astype(">u8").tobytes().hex()]) + "\n")
+                line = [unit, self.digests[unit].astype(">u8").tobytes().hex()]
+                if self.sums[unit].any():
+                    line.append(self.sums[unit].astype(">f8").tobytes().hex())
+                file.write(json.dumps(line) + "\n")
                 self.done[unit] = True
             file.flush()
             os.fsync(file.fileno())

@@ -9,15 +9,17 @@ V v_head_dim, N heads, Q q_lora_rank.
 """
 
 import re
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from math import prod
 
 import torch
 
+from ..dtypes import to_safetensors
 from ..model_config import ModelConfig
+from ..weight_forms import DOWN, GATE_UP, ExpertScale, WeightForm
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
@@ -97,7 +99,7 @@ class TensorSpec:
 
     partition_dim: axis that tensor parallelism splits, None for a copy on every rank. stride 2 splits each half of that
     axis on its own and joins the two pieces ([gate | up] stays [gate_rank | up_rank]). float32: keeps that dtype
-    whatever the model's.
+    whatever the model's. scale: the tensor holds FP8 codes (weight_forms.py), and its scale is a tensor beside it.
     """
 
     name: str
@@ -106,6 +108,7 @@ class TensorSpec:
     partition_dim: int | None = None
     stride: int = 1
     float32: bool = False
+    scale: ExpertScale | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,13 +124,27 @@ class TensorSpec:
         return prod(self.shape)
 
     @property
-    def is_plain(self) -> bool:
-        """True where the tensor is one source as it is."""
-        return len(self.sources) == 1 and self.combine is Combine.ROWS
+    def has_experts(self) -> bool:
+        """True for weights of routed experts, which a WeightForm is about."""
+        return self.combine is not Combine.ROWS
 
     def dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype that the tensor has in a model of `model_dtype`."""
+        if self.scale:
+            return torch.float8_e4m3fn
         return torch.float32 if self.float32 else model_dtype
+
+    @property
+    def scale_name(self) -> str:
+        return self.name.removesuffix("weight") + "scale"
+
+    def rank_tensors(
+        self, model_dtype: torch.dtype, tp_degree: int
+    ) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, shape) of what one rank holds: the tensor, and its scale if it has one."""
+        yield self.name, self.dtype(model_dtype), self.rank_shape(tp_degree)
+        if self.scale:
+            yield self.scale_name, torch.float32, self.scale.rank_shape(tp_degree)
 
     def rank_shape(self, tp_degree: int) -> tuple[int, ...]:
         """The shape of one rank's part."""
@@ -148,6 +165,25 @@ class TensorSpec:
         size = self.sources[0].shape
         blocks = tuple(Block(*size, column=start, transposed=True) for start in range(0, columns, size[0]))
         return Grid(experts, rows, columns, blocks, self.partition_dim, self.stride)
+
+
+def in_form(specs: Iterable[TensorSpec], form: WeightForm, config: ModelConfig, tp_degree: int) -> Iterator[TensorSpec]:
+    """The specs with the routed experts in a form for `tp_degree` ranks."""
+    projections = {Combine.EXPERTS_GATE_UP: GATE_UP, Combine.EXPERTS_DOWN: DOWN}
+    for spec in specs:
+        projection = projections.get(spec.combine)
+        yield replace(spec, scale=form.scale(projection, config, tp_degree)) if projection else spec
+
+
+def rank_layout(
+    config: ModelConfig, tp_degree: int, dtype: torch.dtype, form: WeightForm
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype in safetensors' words, shape) of all that the file of one rank holds of the model."""
+    for spec in in_form(model_layout(config), form, config, tp_degree):
+        for name, tensor_dtype, shape in spec.rank_tensors(dtype, tp_degree):
+            yield name, to_safetensors(tensor_dtype), shape
+    for name in rank_tensor_names(config):
+        yield name, "I32", (1,)
 
 
 def model_layout(config: ModelConfig) -> Iterator[TensorSpec]:

@@ -1,6 +1,7 @@
 """The manifest beside the rank files: from what they were made, and checksums to tell a damaged copy.
 
-The checksum of a tensor is the XXH3-64 of the XXH3-64 digests (8 bytes each, big endian) of its regions, in order.
+The checksum of a tensor is the XXH3-64 of the XXH3-64 digests (8 bytes each, big endian) of its regions, in order. A
+region of FP8 weights is their codes, and behind them their scales: scales have no checksum of their own.
 """
 
 import json
@@ -14,6 +15,7 @@ import xxhash
 
 from ..dtypes import MODEL_DTYPES
 from ..errors import CheckpointError
+from ..weight_forms import FORMS
 from .files import write_json
 from .plan import MODEL, MTP, ShardPlan, file_name
 
@@ -23,8 +25,12 @@ _MAX_RANKS = 1 << 16
 _FILE_NAME = re.compile(file_name(0).replace("0", "([0-9]{1,5})", 1).replace(".", r"\."))
 
 
-def digest(data: bytes | np.ndarray) -> int:
-    return xxhash.xxh3_64_intdigest(data)
+def digest(*data: bytes | np.ndarray) -> int:
+    """Of the pieces one behind the other."""
+    state = xxhash.xxh3_64()
+    for piece in data:
+        state.update(piece)
+    return state.intdigest()
 
 
 def tensor_checksum(digests: np.ndarray) -> str:
@@ -35,18 +41,24 @@ def tensor_checksum(digests: np.ndarray) -> str:
 @dataclass
 class Manifest:
     """source: the checkpoint's shards, see CheckpointReader.identity. config: the config.json that the files were made
-    with. checksums: rank -> tensor name -> checksum."""
+    with. weights: the form of the routed experts. blocks: rows and columns of the checkpoint's FP8 blocks, where all of
+    their codes and scales are kept. checksums: rank -> tensor name -> checksum. errors: rank -> FP8 tensor
+    -> [sum of squares of its weights, sum of squares of what FP8 makes wrong in them]."""
 
     part: str
     tp_degree: int
     dtype: str
     source: dict[str, list[int | str]]
     config: dict[str, Any]
+    weights: str = "bf16"
+    blocks: list[int] | None = None
     checksums: dict[int, dict[str, str]] = field(default_factory=dict)
+    errors: dict[int, dict[str, list[float]]] = field(default_factory=dict)
 
     @classmethod
     def of_plan(cls, plan: ShardPlan, source: dict[str, list[int | str]], config: dict[str, Any]) -> "Manifest":
-        return cls(plan.part, plan.tp_degree, str(plan.dtype).removeprefix("torch."), source, config)
+        dtype = str(plan.dtype).removeprefix("torch.")
+        return cls(plan.part, plan.tp_degree, dtype, source, config, plan.form.name, plan.kept_blocks)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -55,13 +67,19 @@ class Manifest:
             "part": self.part,
             "tp_degree": self.tp_degree,
             "dtype": self.dtype,
+            "weights": self.weights,
+            "blocks": self.blocks,
             "source": self.source,
             "config": self.config,
         }
 
     def save(self, folder: Path) -> None:
-        checksums = {file_name(rank): self.checksums[rank] for rank in sorted(self.checksums)}
-        write_json(folder / MANIFEST_FILE, {"format": _FORMAT, **self.identity, "xxh3_64": checksums})
+        found = {
+            key: {file_name(rank): ranks[rank] for rank in sorted(ranks)}
+            for key, ranks in (("xxh3_64", self.checksums), ("fp8_errors", self.errors))
+            if ranks
+        }
+        write_json(folder / MANIFEST_FILE, {"format": _FORMAT, **self.identity, **found})
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest | None":
@@ -73,8 +91,11 @@ class Manifest:
                 raise CheckpointError(
                     f"{path}: written by another version of nxdi-deepseek; use that one, or shard into another folder"
                 )
-            checksums = {int(_FILE_NAME.fullmatch(file)[1]): found for file, found in fields.pop("xxh3_64").items()}
-            manifest = cls(**fields, checksums=checksums)
+            checksums, errors = (
+                {int(_FILE_NAME.fullmatch(file)[1]): found for file, found in files.items()}
+                for files in (fields.pop("xxh3_64"), fields.pop("fp8_errors", {}))
+            )
+            manifest = cls(**fields, checksums=checksums, errors=errors)
             manifest._check_types()
             return manifest
         except FileNotFoundError:
@@ -90,14 +111,24 @@ class Manifest:
             "part": self.part in (MODEL, MTP),
             "tp_degree": type(self.tp_degree) is int and 1 <= self.tp_degree <= _MAX_RANKS,
             "dtype": self.dtype in MODEL_DTYPES,
+            "weights": self.weights in FORMS,
+            "blocks": self.blocks is None
+            or [type(size) for size in self.blocks] == [int, int]
+            and min(self.blocks) > 0,
             "source": isinstance(self.source, dict),
             "config": isinstance(self.config, dict),
             "xxh3_64": all(isinstance(found, dict) for found in self.checksums.values()),
+            "fp8_errors": all(_is_errors(found) for found in self.errors.values()),
         }
         checks["rank"] = checks["tp_degree"] and all(rank < self.tp_degree for rank in self.checksums)
         wrong = [name for name, right in checks.items() if not right]
         if wrong:
             raise ValueError(f"wrong {', '.join(wrong)}")
+
+    def error_of(self, tensor: str) -> float:
+        """Relative error of an FP8 tensor, by the Frobenius norm, over the ranks that are written."""
+        norm, error = np.sum([found[tensor] for found in self.errors.values() if tensor in found], axis=0)
+        return float(np.sqrt(error / norm)) if norm else 0.0
 
     @classmethod
     def load_existing(cls, folder: Path) -> "Manifest":
@@ -108,3 +139,8 @@ class Manifest:
                 f"{folder / MANIFEST_FILE}: missing; give the OUT_DIR of a finished nxdi-deepseek shard"
             )
         return manifest
+
+
+def _is_errors(found: Any) -> bool:
+    pairs = found.values() if isinstance(found, dict) else [None]
+    return all(isinstance(pair, list) and len(pair) == 2 and all(type(x) is float for x in pair) for pair in pairs)

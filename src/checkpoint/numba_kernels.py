@@ -16,7 +16,7 @@ _STRIP = 32
 _LOCK = threading.Lock()
 
 
-def _compiled(*signatures: str) -> Callable[[Callable], Callable]:
+def _compiled(*signatures: str, **options: Any) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
         compiled = None
 
@@ -25,7 +25,7 @@ def _compiled(*signatures: str) -> Callable[[Callable], Callable]:
             nonlocal compiled
             if compiled is None:
                 with _LOCK:
-                    compiled = compiled or _compile(function, list(signatures))
+                    compiled = compiled or _compile(function, list(signatures), options)
             return compiled(*args)
 
         return call
@@ -33,13 +33,13 @@ def _compiled(*signatures: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _compile(function: Callable, signatures: list[str]) -> Callable:
+def _compile(function: Callable, signatures: list[str], options: dict[str, Any]) -> Callable:
     import numba
 
     try:
-        return numba.njit(signatures, nogil=True, cache=True)(function)
+        return numba.njit(signatures, nogil=True, cache=True, **options)(function)
     except Exception:  # what is wrong with the cache; what is wrong with the function comes again
-        return numba.njit(signatures, nogil=True)(function)
+        return numba.njit(signatures, nogil=True, **options)(function)
 
 
 @_compiled("uint8(uint8[::1])", "uint16(uint16[::1])", "uint32(uint32[::1])")
@@ -76,7 +76,7 @@ def decode_blocks(
                         target[y, x] = table[source[y, x]]
 
 
-@_compiled(*(f"void({t}[:,:], {t}[:,:])" for t in ("uint16", "uint32")))
+@_compiled(*(f"void({t}[:,:], {t}[:,:])" for t in ("uint8", "uint16", "uint32")))
 def copy_strips(source: np.ndarray, out: np.ndarray) -> None:
     """out = source, both [rows, columns]; as decode_blocks, fast where a column of `out` lies together."""
     for strip in range(0, source.shape[0], _STRIP):
@@ -84,3 +84,111 @@ def copy_strips(source: np.ndarray, out: np.ndarray) -> None:
         for x in range(source.shape[1]):
             for y in range(min(from_.shape[0], _STRIP)):
                 to[y, x] = from_[y, x]
+
+
+@_compiled("void(uint8[::1], uint8[::1])")
+def halve_codes(codes: np.ndarray, out: np.ndarray) -> None:
+    """FP8 e4m3 codes [n] of half the values, ties among the smallest to even. No NaN comes in, none goes out."""
+    for i in range(codes.shape[0]):
+        magnitude = np.uint8(codes[i] & np.uint8(0x7F))
+        half = np.uint8((magnitude >> np.uint8(1)) + (magnitude & (magnitude >> np.uint8(1)) & np.uint8(1)))
+        half = np.uint8(magnitude - np.uint8(8)) if magnitude >= np.uint8(16) else half
+        out[i] = np.uint8(half | (codes[i] & np.uint8(0x80)))
+
+
+@_compiled("void(uint8[:,:], float32[:,:], int64, int64, int64, int64, float32[:,::1])")
+def decode_values(
+    codes: np.ndarray, scale: np.ndarray, row: int, column: int, block_rows: int, block_columns: int, out: np.ndarray
+) -> None:
+    """out[i, j] = value of codes[i, j] * the scale of its block, for a window [rows, columns] of a matrix of FP8 e4m3
+    that begins at (row, column)."""
+    rows, columns = codes.shape
+    for i in range(rows):
+        for j in range(column // block_columns, (column + columns - 1) // block_columns + 1):
+            left, right = max(j * block_columns - column, 0), min((j + 1) * block_columns - column, columns)
+            source, target, factor = codes[i, left:right], out[i, left:right], scale[(row + i) // block_rows, j]
+            for k in range(right - left):
+                magnitude = np.uint32(source[k] & np.uint8(0x7F))
+                normal = np.uint32((magnitude + np.uint32(960)) << np.uint32(20)).view(np.float32)
+                value = normal if magnitude >= np.uint32(8) else np.float32(np.int32(magnitude)) * np.float32(2**-9)
+                target[k] = np.float32((value if source[k] < np.uint8(0x80) else -value) * factor)
+
+
+@_compiled("void(float32[:,::1], int64, int64, uint8[:,:], float32[:,:], float64[::1])", fastmath={"reassoc"})
+def quantize_cells(
+    values: np.ndarray, cell_rows: int, cell_columns: int, codes: np.ndarray, scale: np.ndarray, sums: np.ndarray
+) -> None:
+    """codes = values / scale rounded to FP8 e4m3 (ties to even), scale [cells down, cells across] = the largest
+    magnitude of the cell / 240: no code is larger, none is cut. Adds sum(values^2) and sum((code * scale - value)^2) to
+    `sums`. A cell of zeros has scale 1; scales are normal numbers, so that a quotient is never larger than 240.
+    """
+    for i in range(values.shape[0] // cell_rows):
+        for j in range(values.shape[1] // cell_columns):
+            left, right = j * cell_columns, (j + 1) * cell_columns
+            largest, norm, error = np.uint32(0), np.float64(0), np.float64(0)
+            for y in range(i * cell_rows, (i + 1) * cell_rows):
+                row, squares = values[y, left:right], np.float32(0)
+                for x in range(cell_columns):
+                    largest = max(largest, np.uint32(np.float32(row[x]).view(np.uint32) & np.uint32(0x7FFFFFFF)))
+                    squares += row[x] * row[x]
+                norm += squares
+            step = np.float32(max(np.uint32(largest).view(np.float32) / np.float32(240), np.float32(2.0**-126)))
+            step = np.float32(1) if largest == 0 else step
+            scale[i, j] = step
+            for y in range(i * cell_rows, (i + 1) * cell_rows):
+                row, target, squares = values[y, left:right], codes[y, left:right], np.float32(0)
+                for x in range(cell_columns):
+                    bits = np.float32(row[x] / step).view(np.uint32)
+                    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+                    quotient = np.uint32(magnitude).view(np.float32)
+                    # Three bits of mantissa stay; below 2**-6 steps of 2**-9, which adding 2**14 rounds to.
+                    kept = np.uint32(magnitude + np.uint32(0x7FFFF) + ((magnitude >> np.uint32(20)) & np.uint32(1)))
+                    kept = np.uint32(kept >> np.uint32(20))
+                    small = np.uint32(np.float32(quotient + np.float32(2**14)).view(np.uint32) & np.uint32(0xF))
+                    normal = magnitude >= np.uint32(121 << 23)
+                    code = np.uint32(kept - np.uint32(960)) if normal else small
+                    rounded = np.uint32(kept << np.uint32(20)).view(np.float32)
+                    rounded = rounded if normal else np.float32(np.int32(small)) * np.float32(2**-9)
+                    squares += (rounded - quotient) * (rounded - quotient)
+                    target[x] = np.uint8(code | ((bits >> np.uint32(24)) & np.uint32(0x80)))
+                error += squares
+            sums[0] += norm
+            sums[1] += error * step * step
+
+
+@_compiled("void(uint64[:,:], uint64[:,:])")
+def transpose_bytes(source: np.ndarray, out: np.ndarray) -> None:
+    """out = source transposed, both [rows, columns] of bytes, eight to a word (little endian); a square of eight by
+    eight bytes at a time, in registers."""
+    one, two, four = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00000000FFFFFFFF)
+    for strip in range(0, source.shape[0] // 8, 8):
+        for x in range(source.shape[1]):
+            for y in range(strip, min(strip + 8, source.shape[0] // 8)):
+                a, b, c, d = source[8 * y, x], source[8 * y + 1, x], source[8 * y + 2, x], source[8 * y + 3, x]
+                e, f, g, h = source[8 * y + 4, x], source[8 * y + 5, x], source[8 * y + 6, x], source[8 * y + 7, x]
+                swap = ((a >> np.uint64(8)) ^ b) & one
+                a, b = a ^ (swap << np.uint64(8)), b ^ swap
+                swap = ((c >> np.uint64(8)) ^ d) & one
+                c, d = c ^ (swap << np.uint64(8)), d ^ swap
+                swap = ((e >> np.uint64(8)) ^ f) & one
+                e, f = e ^ (swap << np.uint64(8)), f ^ swap
+                swap = ((g >> np.uint64(8)) ^ h) & one
+                g, h = g ^ (swap << np.uint64(8)), h ^ swap
+                swap = ((a >> np.uint64(16)) ^ c) & two
+                a, c = a ^ (swap << np.uint64(16)), c ^ swap
+                swap = ((b >> np.uint64(16)) ^ d) & two
+                b, d = b ^ (swap << np.uint64(16)), d ^ swap
+                swap = ((e >> np.uint64(16)) ^ g) & two
+                e, g = e ^ (swap << np.uint64(16)), g ^ swap
+                swap = ((f >> np.uint64(16)) ^ h) & two
+                f, h = f ^ (swap << np.uint64(16)), h ^ swap
+                swap = ((a >> np.uint64(32)) ^ e) & four
+                a, e = a ^ (swap << np.uint64(32)), e ^ swap
+                swap = ((b >> np.uint64(32)) ^ f) & four
+                b, f = b ^ (swap << np.uint64(32)), f ^ swap
+                swap = ((c >> np.uint64(32)) ^ g) & four
+                c, g = c ^ (swap << np.uint64(32)), g ^ swap
+                swap = ((d >> np.uint64(32)) ^ h) & four
+                d, h = d ^ (swap << np.uint64(32)), h ^ swap
+                out[8 * x, y], out[8 * x + 1, y], out[8 * x + 2, y], out[8 * x + 3, y] = a, b, c, d
+                out[8 * x + 4, y], out[8 * x + 5, y], out[8 * x + 6, y], out[8 * x + 7, y] = e, f, g, h

@@ -1,22 +1,28 @@
 """What sharding a checkpoint makes: parts of the model, their files, and where each unit's regions go in them."""
 
 import re
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ..dtypes import model_dtype, to_safetensors
 from ..errors import CheckpointError, ConfigError
 from ..model_config import ModelConfig
+from ..weight_forms import BF16, FP8_BLOCK, WeightForm, weight_form
 from .header import TensorEntry, build_header
-from .layout import model_layout, mtp_layout, rank_tensor_names, stores_mtp
+from .layout import in_form, model_layout, mtp_layout, rank_tensor_names, stores_mtp
 from .planned_file import PlannedFile
+from .source import TensorSource
+from .stored import stored_weight, weight_block_size
 from .units import Region, Unit, plan_units
 
 if TYPE_CHECKING:
+    from .decoder import Decoded
     from .folder import Checkpoint
 
 MODEL, MTP = "model", "mtp"
@@ -26,9 +32,9 @@ _RANKS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 class ShardPlan:
-    """One part of a model (`model` or `mtp`) cut for `tp_degree` ranks in `dtype`.
+    """One part of a model (`model` or `mtp`) cut for `tp_degree` ranks in `dtype`, its routed experts in `form`.
 
-    stored: the names of the checkpoint's tensors, see layout.mtp_layout; None where there is no checkpoint.
+    stored: the checkpoint's tensors, see layout.mtp_layout; None where there is no checkpoint.
     """
 
     def __init__(
@@ -38,11 +44,12 @@ class ShardPlan:
         dtype: torch.dtype,
         out_dir: str | Path,
         part: str = MODEL,
-        stored: Container[str] | None = None,
+        stored: TensorSource | None = None,
+        form: WeightForm = BF16,
     ):
-        config.check_tensor_parallel(tp_degree)
-        self.config, self.tp_degree, self.dtype, self.part = config, tp_degree, dtype, part
-        self.folder = part_folder(out_dir, part)
+        form.check(config, tp_degree)
+        self.config, self.tp_degree, self.dtype, self.part, self.form = config, tp_degree, dtype, part, form
+        self.folder, self._stored = part_folder(out_dir, part), stored
         layers = config.mtp_layers if part == MTP else None
         if part == MTP and not layers:
             raise ConfigError("config.json: num_nextn_predict_layers is 0: the checkpoint has no MTP layer to write")
@@ -51,8 +58,18 @@ class ShardPlan:
                 f"config.json: num_nextn_predict_layers is {len(layers)}, but the checkpoint has no tensors of an MTP "
                 f"layer {layers[0]}; leave --with-mtp out"
             )
-        self.specs = list(mtp_layout(config, stored) if part == MTP else model_layout(config))
+        specs = mtp_layout(config, stored) if part == MTP else model_layout(config)
+        self.specs = list(in_form(specs, form, config, tp_degree))
         self.rank_tensors = list(rank_tensor_names(config, layers))
+
+    @cached_property
+    def kept_blocks(self) -> list[int] | None:
+        """The blocks of the checkpoint's experts, where the form keeps all of their codes and scales."""
+        if self.form is not FP8_BLOCK or self._stored is None:
+            return None
+        sources = [source for spec in self.specs if spec.scale for source in spec.sources]
+        blocks = {stored_weight(self._stored, source.name, source.shape, self.config).block for source in sources}
+        return list(weight_block_size(self.config)) if blocks == {weight_block_size(self.config)} else None
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -72,7 +89,8 @@ class ShardPlan:
 
     def _rank_file_tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         for spec in self.specs:
-            yield spec.name, to_safetensors(spec.dtype(self.dtype)), spec.rank_shape(self.tp_degree)
+            for name, dtype, shape in spec.rank_tensors(self.dtype, self.tp_degree):
+                yield name, to_safetensors(dtype), shape
         for name in self.rank_tensors:
             yield name, "I32", (1,)
 
@@ -81,12 +99,25 @@ class ShardPlan:
         _, rows, columns = unit.spec.grid.rank_shape(self.tp_degree)
         return (unit.expert * rows + region.start) * columns * unit.spec.dtype(self.dtype).itemsize
 
+    def scale_offset(self, unit: Unit) -> int:
+        """The same for the scale, of which a unit makes all that an expert has."""
+        return unit.expert * self._scale_bytes(unit)
+
+    def _scale_bytes(self, unit: Unit) -> int:
+        return 4 * prod(unit.spec.scale.rank_shape(self.tp_degree)[1:]) if unit.spec.scale else 0
+
+    def placed(self, unit: Unit, made: "Decoded") -> Iterator[tuple[str, int, np.ndarray]]:
+        """(tensor, offset in it, bits) of what a unit makes for a rank."""
+        yield unit.spec.name, self.region_offset(unit, made.region), made.bits
+        if made.scale is not None:
+            yield unit.spec.scale_name, self.scale_offset(unit), made.scale
+
     def unit_output_bytes(self, i: int, ranks: Sequence[int]) -> int:
         """Bytes of unit i in the files of `ranks`, all together."""
         unit = self.units[i]
-        regions = (unit.region(rank, self.tp_degree) for rank in ranks)
-        elements = sum((region.stop - region.start) * region.columns for region in regions if region)
-        return elements * unit.spec.dtype(self.dtype).itemsize
+        regions = [region for rank in ranks if (region := unit.region(rank, self.tp_degree))]
+        elements = sum((region.stop - region.start) * region.columns for region in regions)
+        return elements * unit.spec.dtype(self.dtype).itemsize + len(regions) * self._scale_bytes(unit)
 
     def units_of_tensors(self, rank: int) -> dict[str, list[int]]:
         """The units that make up a rank's part of each tensor, in order."""
@@ -98,15 +129,21 @@ class ShardPlan:
 
 
 def make_plans(
-    checkpoint: "Checkpoint", out_dir: str | Path, tp_degree: int, dtype: str, with_mtp: bool = False
+    checkpoint: "Checkpoint",
+    out_dir: str | Path,
+    tp_degree: int,
+    dtype: str,
+    with_mtp: bool = False,
+    weights: str = "bf16",
 ) -> list[ShardPlan]:
-    """The parts to write. Raises ConfigError for a degree or dtype that cannot be, CheckpointError for what is wrong
-    with the checkpoint."""
-    checkpoint.config.check_tensor_parallel(tp_degree)
+    """The parts to write. Raises ConfigError for a degree, dtype or form of weights that cannot be, CheckpointError for
+    what is wrong with the checkpoint."""
+    config, form = checkpoint.config, weight_form(weights)
+    form.check(config, tp_degree)
     torch_dtype = model_dtype(dtype)
     checkpoint.check()
     parts = [MODEL, MTP] if with_mtp else [MODEL]
-    return [ShardPlan(checkpoint.config, tp_degree, torch_dtype, out_dir, part, checkpoint.reader) for part in parts]
+    return [ShardPlan(config, tp_degree, torch_dtype, out_dir, part, checkpoint.reader, form) for part in parts]
 
 
 def part_folder(out_dir: str | Path, part: str) -> Path:

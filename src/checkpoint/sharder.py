@@ -26,13 +26,15 @@ SYNC_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class ShardSummary:
-    """Of one run: files and bytes written, seconds, bytes that an earlier run had written already."""
+    """Of one run: files and bytes written, seconds, bytes that an earlier run had written already. errors: relative
+    error of each FP8 tensor, over all ranks that are written, see Manifest.error_of."""
 
     folders: tuple[Path, ...]
     files: int
     bytes: int
     resumed: int
     seconds: float
+    errors: dict[str, float]
 
 
 def shard_checkpoint(
@@ -46,6 +48,7 @@ def shard_checkpoint(
     with_mtp: bool = False,
     progress: Callable[[int, int], None] | None = None,
     config: ModelConfig | None = None,
+    weights: str = "bf16",
 ) -> ShardSummary:
     """Writes OUT_DIR/weights/tp{rank}_sharded_checkpoint.safetensors, the files of NxDI's own sharding.
 
@@ -54,14 +57,14 @@ def shard_checkpoint(
     known again by its content (CheckpointReader.identity). with_mtp: write the MTP layers to OUT_DIR/mtp/weights too.
     progress is called as progress(done_bytes, total_bytes) after each piece of work, in the calling thread; what an
     earlier run did is among the bytes that are done. config: another one than config.json's, for example of a model
-    with fewer layers.
+    with fewer layers. weights: the form of the routed experts, a name of weight_forms.FORMS.
 
     Raises ConfigError or CheckpointError. What is wrong with the checkpoint is told before any file is written, except
     NaN and infinity in large weights; so is a disk that is too small. What was finished is kept for `resume`.
     """
     start, jobs = time.monotonic(), thread_count(jobs)
     with Checkpoint(model_dir, config) as checkpoint, ExitStack() as locks:
-        plans = make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp)
+        plans = make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp, weights)
         ranks = check_ranks(range(tp_degree) if ranks is None else ranks, tp_degree)
         for plan in plans:
             locks.enter_context(locked_folder(plan.folder))
@@ -77,7 +80,8 @@ def shard_checkpoint(
     resumed = sum(run.resumed for run in runs)
     folders = tuple(plan.folder for plan in plans)
     files = sum(len(run.pending) for run in runs)
-    return ShardSummary(folders, files, total - resumed, resumed, time.monotonic() - start)
+    errors = {name: error for run in runs for name, error in run.errors().items()}
+    return ShardSummary(folders, files, total - resumed, resumed, time.monotonic() - start, errors)
 
 
 class _PartRun:
@@ -111,6 +115,10 @@ class _PartRun:
             for file in self.files.values():
                 file.close()
 
+    def errors(self) -> dict[str, float]:
+        """Relative error of each FP8 tensor."""
+        return {spec.name: self._manifest.error_of(spec.name) for spec in self._plan.specs if spec.scale}
+
     def _take_over_manifest(self) -> None:
         found = Manifest.load(self._plan.folder)
         if found is None:
@@ -120,7 +128,7 @@ class _PartRun:
             raise CheckpointError(
                 f"{self._plan.folder}: holds rank files of another {', '.join(differing)}; choose another folder"
             )
-        self._manifest.checksums = found.checksums
+        self._manifest.checksums, self._manifest.errors = found.checksums, found.errors
 
     def _is_complete(self, rank: int) -> bool:
         path = self._plan.file(rank).path
@@ -158,11 +166,15 @@ class _PartRun:
 
         def write(i: int) -> int:
             unit = plan.units[i]
-            for ranks, region, bits in decoder.regions(unit):
-                offset, checksum = plan.region_offset(unit, region), digest(bits)
-                for rank in ranks:
-                    self.files[rank].write(unit.spec.name, bits, offset)
+            for made in decoder.regions(unit):
+                placed = list(plan.placed(unit, made))
+                checksum = digest(*(bits for _, _, bits in placed))
+                for rank in made.ranks:
+                    for name, offset, bits in placed:
+                        self.files[rank].write(name, bits, offset)
                     journal.digests[i, columns[rank]] = checksum
+                    if made.sums is not None:
+                        journal.sums[i, columns[rank]] = made.sums
             return i
 
         finished, synced = [], time.monotonic()
@@ -187,8 +199,10 @@ class _PartRun:
     def _finish(self, journal: Journal) -> None:
         """Gives the files their names. The manifest knows of them before, and the journal until all have theirs."""
         for rank in self.pending:
-            digests = journal.digests[:, journal.ranks.index(rank)]
-            self._manifest.checksums[rank] = self._checksums(rank, digests)
+            column = journal.ranks.index(rank)
+            self._manifest.checksums[rank] = self._checksums(rank, journal.digests[:, column])
+            if self._plan.form.is_fp8:
+                self._manifest.errors[rank] = self._errors(rank, journal.sums[:, column])
         self._manifest.save(self._plan.folder)
         for file in self.files.values():
             file.commit()
@@ -202,6 +216,11 @@ class _PartRun:
         return {name: tensor_checksum(digests[i]) for name, i in units.items()} | dict.fromkeys(
             self._plan.rank_tensors, own
         )
+
+    def _errors(self, rank: int, sums: np.ndarray) -> dict[str, list[float]]:
+        scaled = {spec.name for spec in self._plan.specs if spec.scale}
+        units = self._plan.units_of_tensors(rank)
+        return {name: sums[i].sum(axis=0).tolist() for name, i in units.items() if name in scaled}
 
     def _unit_bytes(self, i: int) -> int:
         return self._plan.unit_output_bytes(i, self.pending)

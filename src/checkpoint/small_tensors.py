@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from .fp8 import SCALE_SUFFIX
 from .header import TensorEntry
+from .stored import is_scale
 
 _MAX_BYTES = 1 << 26
+_MAX_SCALE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,10 @@ class SmallTensors:
 
 
 def is_small(name: str, entry: TensorEntry) -> bool:
-    return (len(entry.shape) == 1 or name.endswith(SCALE_SUFFIX)) and entry.nbytes <= _MAX_BYTES
+    """Scales of INT4 are a ninth of its bytes: too many to be read ahead."""
+    if is_scale(name):
+        return entry.nbytes <= _MAX_SCALE_BYTES
+    return len(entry.shape) <= 1 and entry.nbytes <= _MAX_BYTES
 
 
 def scan_small_tensors(entries: Iterable[tuple[str, TensorEntry]], read: Callable[[str], np.ndarray]) -> SmallTensors:
@@ -34,7 +38,7 @@ def scan_small_tensors(entries: Iterable[tuple[str, TensorEntry]], read: Callabl
         if is_small(name, entry):
             raw = read(name)
             state.update(raw)
-            if not _is_finite(raw, entry.dtype, name.endswith(SCALE_SUFFIX)):
+            if not _is_finite(raw, entry.dtype, is_scale(name)):
                 nonfinite.append(name)
     return SmallTensors(state.hexdigest(), tuple(nonfinite))
 

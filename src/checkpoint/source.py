@@ -79,7 +79,8 @@ class StateDictSource:
         entry = self.entries[name]
         left, right = columns or (0, entry.columns)
         rows = buffer[: (stop - start) * (right - left) * entry.item_bytes].reshape(stop - start, -1)
-        part = self._tensors[name].detach()[start:stop].reshape(stop - start, -1)[:, left:right]
+        tensor = self._tensors[name].detach()
+        part = (tensor if tensor.ndim else tensor[None])[start:stop].reshape(stop - start, -1)[:, left:right]
         torch.from_numpy(rows).copy_(part.contiguous().view(torch.uint8))
         return rows
 

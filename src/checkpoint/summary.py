@@ -11,13 +11,11 @@ from ..errors import CheckpointError
 from ..model_config import ModelConfig
 from .checks import ignored_tensors
 from .decoder import UnitDecoder
-from .encodings import weight_block_size
 from .folder import Checkpoint
-from .fp8 import SCALE_SUFFIX
-from .layout import checkpoint_layout, layer_of, stores_mtp
+from .layout import Source, checkpoint_layout, layer_of, stores_mtp
 from .parallel import run_threads, thread_count
-from .quantization import foreign_quantization
 from .reader import CheckpointReader
+from .stored import PACKED_SUFFIX, WEIGHTS_IN_WORD, scale_of, stored_weight, weight_block_size, weight_of
 from .units import Unit, plan_units
 
 # The first pattern found in a tensor's name says which part it belongs to.
@@ -34,7 +32,7 @@ _PARTS = {
 
 
 _MTP, _IGNORED = "MTP layers", "ignored layers"
-_SCALE_KINDS = {"F32": "float32", "BF16": "bfloat16", "U8": "E8M0", "F8_E8M0": "E8M0"}
+_SCALE_KINDS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "E8M0", "F8_E8M0": "E8M0"}
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,10 @@ def summarize(checkpoint: Checkpoint, full: bool = False) -> CheckpointSummary:
         part = part_of(name, config, has_mtp)
         dtypes[entry.dtype] += entry.nbytes
         parts[part] += entry.nbytes
-        if not name.endswith(SCALE_SUFFIX):
+        if weight_of(name) == name:
             parameters[part] += prod(entry.shape)
+        elif name.endswith(PACKED_SUFFIX):
+            parameters[part] += prod(entry.shape) * WEIGHTS_IN_WORD
     mtp, _ = parameters.pop(_MTP, 0), parameters.pop(_IGNORED, 0)
     total = sum(parameters.values())
     idle = parameters["routed experts"] * (1 - config.num_experts_per_tok / config.n_routed_experts)
@@ -92,7 +92,7 @@ def summarize(checkpoint: Checkpoint, full: bool = False) -> CheckpointSummary:
         dense_layers=config.num_hidden_layers - moe,
         moe_layers=moe,
         mtp_layers=len(config.mtp_layers) if has_mtp else 0,
-        quantization=_quantization(reader, config),
+        quantization=_quantization(checkpoint),
         bytes_by_dtype=dict(dtypes.most_common()),
         bytes_by_part=dict(parts.most_common()),
         problems=problems,
@@ -126,14 +126,34 @@ def part_of(name: str, config: ModelConfig, has_mtp: bool) -> str:
     return next((part for pattern, part in _PARTS.items() if pattern in name), "other")
 
 
-def _quantization(reader: CheckpointReader, config: ModelConfig) -> str:
-    if foreign_quantization(reader, config):
+def _quantization(checkpoint: Checkpoint) -> str:
+    """The ways in which quantized weights are stored, the most common first."""
+    reader, config = checkpoint.reader, checkpoint.config
+    ways: Counter[str] = Counter()
+    for spec in checkpoint_layout(config, reader):
+        for source in spec.sources:
+            if way := _way(reader, source, config):
+                ways[way] += 1
+    if any("not supported" in problem for problem in checkpoint.problems):
         return "not supported"
-    if not any(entry.dtype == "F8_E4M3" for entry in reader.entries.values()):
-        return "none"
-    scales = {entry.dtype for name, entry in reader.entries.items() if name.endswith(SCALE_SUFFIX)}
-    if not scales:
-        return "FP8 (e4m3) without scales"
-    rows, columns = weight_block_size(config)
-    kinds = " and ".join(sorted({_SCALE_KINDS.get(dtype, dtype) for dtype in scales}))
-    return f"FP8 (e4m3) in blocks of {rows}x{columns}, {kinds} scales"
+    return "; ".join(way for way, _ in ways.most_common()) or "none"
+
+
+def _way(reader: CheckpointReader, source: Source, config: ModelConfig) -> str | None:
+    """How a quantized weight is stored; None for a plain one, and for one of which that cannot be said."""
+    packed = source.name + PACKED_SUFFIX in reader
+    if not packed and (source.name not in reader or reader.entries[source.name].dtype != "F8_E4M3"):
+        return None
+    scale = scale_of(reader, source.name)
+    if scale is None or not reader.shape(scale) and packed:
+        return f"{'INT4' if packed else 'FP8 (e4m3)'} without scales"
+    stored = stored_weight(reader, source.name, source.shape, config)
+    if stored.block is None:
+        return "FP8 (e4m3) with scales of an unknown kind"
+    kind = _SCALE_KINDS.get(reader.entries[scale].dtype, reader.entries[scale].dtype)
+    if packed:
+        whole = stored.block[1] == source.shape[1]
+        return f"INT4 {'with a scale per channel' if whole else f'in groups of {stored.block[1]}'}, {kind} scales"
+    if stored.block == weight_block_size(config):
+        return f"FP8 (e4m3) in blocks of {stored.block[0]}x{stored.block[1]}, {kind} scales"
+    return f"FP8 (e4m3) with a scale per {'tensor' if stored.block == source.shape else 'channel'}, {kind} scales"

@@ -1,8 +1,10 @@
-"""The way back: rank files become a Hugging Face checkpoint, with its names and shapes, no longer in FP8."""
+"""The way back: rank files become a Hugging Face checkpoint, with its names and shapes. See restored.py for experts in
+FP8; all else is written in the dtype of the rank files."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +12,18 @@ import numpy as np
 from ..dtypes import model_dtype, to_safetensors
 from ..errors import CheckpointError
 from ..model_config import read_model_config
+from ..weight_forms import weight_form
 from .encodings import BITS
 from .files import locked_folder, pread_into, sync_folder, write_json
+from .fp8 import SCALE_SUFFIX
 from .header import build_header
-from .layout import Source
 from .manifest import Manifest
 from .parallel import run_threads, thread_count
 from .plan import MODEL, MTP, ShardPlan, part_folder
 from .planned_file import PlannedFile, check_space
 from .reader import INDEX_FILE
-from .units import Unit
+from .restored import RestoredExperts, bits_dtype
+from .units import Region, Unit
 from .verifier import opened
 
 _FILE_BYTES = 5_000_000_000
@@ -33,8 +37,8 @@ def unshard(
 ) -> int:
     """Writes MODEL_DIR from all rank files of `out_dir` (and of the MTP layers, where they are). Returns its bytes.
 
-    Weights keep the dtype of the rank files; config.json loses its quantization. Raises CheckpointError when a rank
-    file is missing or `model_dir` holds a checkpoint.
+    Weights keep the dtype of the rank files, but see restored.py for experts in FP8; config.json says of quantization
+    what is true then. Raises CheckpointError when a rank file is missing or `model_dir` holds a checkpoint.
     """
     model_dir, jobs = Path(model_dir), thread_count(jobs)
     if (model_dir / INDEX_FILE).exists():
@@ -42,18 +46,20 @@ def unshard(
     manifest = Manifest.load_existing(part_folder(out_dir, MODEL))
     fields = {key: value for key, value in manifest.config.items() if key != "quantization_config"}
     fields["torch_dtype"] = manifest.dtype
-    plans = [_plan(manifest, out_dir)]
+    parts = [_part(manifest, out_dir)]
+    if parts[0].experts.keeps_fp8:
+        fields["quantization_config"] = parts[0].experts.quantization_config()
     if part_folder(out_dir, MTP).exists():
-        plans.append(_plan(Manifest.load_existing(part_folder(out_dir, MTP)), out_dir))
+        parts.append(_part(Manifest.load_existing(part_folder(out_dir, MTP)), out_dir))
     else:
         fields["num_nextn_predict_layers"] = 0
     with locked_folder(model_dir):
-        output = _ModelFiles(model_dir, plans)
+        output = _ModelFiles(model_dir, parts)
         done = 0
         try:
             output.create()
-            for plan in plans:
-                with closing(_copy_units(plan, output, jobs)) as steps:
+            for part in parts:
+                with closing(_copy_units(part, output, jobs)) as steps:
                     for size in steps:
                         done += size
                         if progress:
@@ -66,31 +72,36 @@ def unshard(
     return output.total
 
 
-def _plan(manifest: Manifest, out_dir: str | Path) -> ShardPlan:
+@dataclass(frozen=True)
+class _Part:
+    """A part of the model, and what becomes of its experts where they are FP8."""
+
+    plan: ShardPlan
+    experts: RestoredExperts
+
+
+def _part(manifest: Manifest, out_dir: str | Path) -> _Part:
     missing = sorted(set(range(manifest.tp_degree)) - set(manifest.checksums))
     if missing:
         raise CheckpointError(f"{out_dir}: ranks {missing} were not written; shard them first")
     config = read_model_config(manifest.config)
-    return ShardPlan(config, manifest.tp_degree, model_dtype(manifest.dtype), out_dir, manifest.part)
+    form = weight_form(manifest.weights)
+    plan = ShardPlan(config, manifest.tp_degree, model_dtype(manifest.dtype), out_dir, manifest.part, form=form)
+    return _Part(plan, RestoredExperts(plan, manifest))
 
 
 class _ModelFiles:
     """The shards of the new checkpoint. total: bytes of tensors. weight_map: tensor -> file."""
 
-    def __init__(self, model_dir: Path, plans: list[ShardPlan]):
+    def __init__(self, model_dir: Path, parts: list[_Part]):
         self._folder = model_dir
-        tensors = {
-            source.name: (source.name, to_safetensors(spec.dtype(plan.dtype)), source.shape)
-            for plan in plans
-            for spec in plan.specs
-            for source in spec.sources
-        }
-        parts = list(_split(list(tensors.values())))
+        tensors = {tensor[0]: tensor for part in parts for tensor in _tensors(part)}
+        groups = list(_split(list(tensors.values())))
         self._files = {}
-        for i, part in enumerate(parts, start=1):
-            file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
-            planned = PlannedFile(model_dir / file, *build_header(part, {"format": "pt"}))
-            self._files.update((name, planned) for name, _, _ in part)
+        for i, group in enumerate(groups, start=1):
+            file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+            planned = PlannedFile(model_dir / file, *build_header(group, {"format": "pt"}))
+            self._files.update((name, planned) for name, _, _ in group)
         self._planned = list(dict.fromkeys(self._files.values()))
         self.total = sum(file.size - len(file.head) for file in self._planned)
         self.weight_map = {name: file.path.name for name, file in sorted(self._files.items())}
@@ -100,9 +111,9 @@ class _ModelFiles:
         for file in self._planned:
             file.create()
 
-    def write_rows(self, source: Source, row: int, bits: np.ndarray) -> None:
-        file = self._files[source.name]
-        file.write(source.name, bits, row * file.entries[source.name].row_bytes)
+    def write_rows(self, name: str, row: int, bits: np.ndarray) -> None:
+        file = self._files[name]
+        file.write(name, bits, row * file.entries[name].row_bytes)
 
     def commit(self) -> None:
         for file in self._planned:
@@ -112,6 +123,16 @@ class _ModelFiles:
     def close(self) -> None:
         for file in self._planned:
             file.close()
+
+
+def _tensors(part: _Part) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of all that is written of a part."""
+    for spec in part.plan.specs:
+        for source in spec.sources:
+            if spec.scale:
+                yield from part.experts.tensors(source)
+            else:
+                yield source.name, to_safetensors(spec.dtype(part.plan.dtype)), source.shape
 
 
 def _split(tensors: list[tuple[str, str, tuple[int, ...]]]) -> Iterator[list[tuple[str, str, tuple[int, ...]]]]:
@@ -127,8 +148,9 @@ def _split(tensors: list[tuple[str, str, tuple[int, ...]]]) -> Iterator[list[tup
     yield part
 
 
-def _copy_units(plan: ShardPlan, output: _ModelFiles, jobs: int) -> Iterator[int]:
+def _copy_units(part: _Part, output: _ModelFiles, jobs: int) -> Iterator[int]:
     """Copies all of a part; yields the bytes written after each unit. A source used twice is written once."""
+    plan = part.plan
     owners: dict[str, str] = {}
     for spec in plan.specs:
         owners.setdefault(spec.sources[0].name, spec.name)
@@ -142,37 +164,66 @@ def _copy_units(plan: ShardPlan, output: _ModelFiles, jobs: int) -> Iterator[int
                 )
 
         def copy(unit: Unit) -> int:
-            rows = _gather(plan, unit, files, descriptors)
-            for source, row, bits in rows:
-                output.write_rows(source, row, bits)
+            rows = _Gathering(part, unit).run(files, descriptors)
+            for name, row, bits in rows:
+                output.write_rows(name, row, bits)
             return sum(bits.nbytes for _, _, bits in rows)
 
         yield from run_threads(units, copy, jobs)
 
 
-def _gather(
-    plan: ShardPlan, unit: Unit, files: dict[int, PlannedFile], descriptors: dict[int, int]
-) -> list[tuple[Source, int, np.ndarray]]:
-    """The rows of the sources that a unit covers, from the regions of all ranks: (source, first row, bits)."""
-    bits_dtype = BITS[unit.spec.dtype(plan.dtype)]
-    grid, name = unit.spec.grid, unit.spec.name
-    regions = {rank: unit.region(rank, plan.tp_degree) for rank in (files if grid.axis else [0])}
-    regions = {rank: region for rank, region in regions.items() if region}
-    covered: dict[int, list[int]] = {}
-    for region in regions.values():
-        for piece in region.pieces:
+class _Gathering:
+    """The rows of the sources that a unit covers, from the regions of all ranks."""
+
+    def __init__(self, part: _Part, unit: Unit):
+        plan, grid = part.plan, unit.spec.grid
+        self._plan, self._unit, self._experts = plan, unit, part.experts
+        regions = {rank: unit.region(rank, plan.tp_degree) for rank in range(plan.tp_degree if grid.axis else 1)}
+        self._regions = {rank: region for rank, region in regions.items() if region}
+        covered: dict[int, list[int]] = {}
+        for piece in (piece for region in self._regions.values() for piece in region.pieces):
             first, last = covered.get(piece.block, piece.source[0])
             covered[piece.block] = [min(first, piece.source[0][0]), max(last, piece.source[0][1])]
-    rows = {i: np.empty((stop - start, grid.blocks[i].columns), bits_dtype) for i, (start, stop) in covered.items()}
-    for rank, region in regions.items():
-        stored = np.empty((region.stop - region.start, region.columns), bits_dtype)
-        offset = files[rank].entries[name].offset + plan.region_offset(unit, region)
-        pread_into(descriptors[rank], stored.view(np.uint8).reshape(-1), offset, f"{files[rank].path}: {name}")
+        self._covered, dtype = covered, bits_dtype(plan, unit.spec, part.experts)
+        self._rows = {
+            i: np.empty((stop - start, grid.blocks[i].columns), dtype) for i, (start, stop) in covered.items()
+        }
+        self._scales: dict[int, np.ndarray] = {}
+        if unit.spec.scale and part.experts.keeps_fp8:
+            shapes = {i: list(part.experts.tensors(unit.sources()[i]))[1][2] for i in covered}
+            self._scales = {i: np.empty(shape, np.float32) for i, shape in shapes.items()}
+
+    def run(self, files: dict[int, PlannedFile], descriptors: dict[int, int]) -> list[tuple[str, int, np.ndarray]]:
+        """(tensor, first row, bits) of all that is to be written."""
+        for rank, region in self._regions.items():
+            self._take(region, files[rank], descriptors[rank])
+        names = {i: self._unit.sources()[i].name for i in sorted(self._rows)}
+        written = [(name, self._covered[i][0], self._rows[i]) for i, name in names.items()]
+        return written + [(names[i] + SCALE_SUFFIX, 0, scale) for i, scale in self._scales.items()]
+
+    def _take(self, region: Region, file: PlannedFile, descriptor: int) -> None:
+        """What one rank holds of the unit."""
+        plan, unit, spec = self._plan, self._unit, self._unit.spec
+        stored = np.empty((region.stop - region.start, region.columns), BITS[spec.dtype(plan.dtype)])
+        _read(file, descriptor, spec.name, plan.region_offset(unit, region), stored)
+        cells = None
+        if spec.scale:
+            cells = np.empty(spec.scale.rank_shape(plan.tp_degree)[1:], np.float32)
+            _read(file, descriptor, spec.scale_name, plan.scale_offset(unit), cells)
+            stored = self._experts.bits(stored, cells)
         for piece in region.pieces:
             (top, bottom), (left, right) = piece.target
             values = stored[top:bottom, left:right]
             (start, stop), columns = piece.source
-            first = covered[piece.block][0]
-            target = rows[piece.block][start - first : stop - first, slice(*columns)]
-            target[...] = values.T if grid.blocks[piece.block].transposed else values
-    return [(unit.sources()[i], covered[i][0], rows[i]) for i in sorted(rows)]
+            first = self._covered[piece.block][0]
+            target = self._rows[piece.block][start - first : stop - first, slice(*columns)]
+            target[...] = values.T if spec.grid.blocks[piece.block].transposed else values
+            if self._scales:
+                down, across = (stored.shape[axis] // cells.shape[axis] for axis in (0, 1))
+                own = cells[top // down : bottom // down, left // across : right // across]
+                self._experts.place_scale(piece, own, self._scales[piece.block])
+
+
+def _read(file: PlannedFile, descriptor: int, name: str, offset: int, out: np.ndarray) -> None:
+    offset += file.entries[name].offset
+    pread_into(descriptor, out.view(np.uint8).reshape(-1), offset, f"{file.path}: {name}")

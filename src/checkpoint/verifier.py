@@ -13,6 +13,7 @@ import numpy as np
 from ..dtypes import model_dtype
 from ..errors import CheckpointError, ConfigError, report_problems
 from ..model_config import read_model_config
+from ..weight_forms import weight_form
 from .decoder import UnitDecoder
 from .files import pread_into
 from .folder import Checkpoint
@@ -57,7 +58,8 @@ def verify_shards(
         checkpoint.check()
         for part, manifest in zip(parts, manifests, strict=True):
             dtype, stored = model_dtype(manifest.dtype), checkpoint.reader
-            plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, part, stored)
+            form = weight_form(manifest.weights)
+            plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, part, stored, form)
             check = _PartCheck(plan, manifest, checkpoint.reader)
             with closing(check.execute(sample, jobs)) as steps:
                 for done, total in steps:
@@ -106,14 +108,11 @@ class _PartCheck:
 
         def compare(i: int) -> int:
             unit = plan.units[i]
-            for ranks, region, bits in decoder.regions(unit):
-                for rank in ranks:
-                    file = self._files[rank]
-                    offset = file.entries[unit.spec.name].offset + plan.region_offset(unit, region)
-                    stored = np.frombuffer(_read(file.path, descriptors[rank], offset, bits.nbytes), bits.dtype)
-                    if not np.array_equal(stored, bits.reshape(-1)):
-                        self._problems[f"{file.path}: {unit.spec.name}"] = None
-                    digests[i, self.ranks.index(rank)] = digest(stored)
+            for made in decoder.regions(unit):
+                placed = list(plan.placed(unit, made))
+                for rank in made.ranks:
+                    stored = [self._differing(rank, descriptors[rank], *piece) for piece in placed]
+                    digests[i, self.ranks.index(rank)] = digest(*stored)
             return i
 
         done, total = 0, sum(plan.unit_output_bytes(i, self.ranks) for i in indices)
@@ -122,6 +121,14 @@ class _PartCheck:
             yield done, total
         if len(indices) == len(plan.units):
             self._check_checksums(digests)
+
+    def _differing(self, rank: int, descriptor: int, name: str, offset: int, bits: np.ndarray) -> bytes:
+        """What the file holds in the place of `bits`; notes where that is something else."""
+        file = self._files[rank]
+        stored = _read(file.path, descriptor, file.entries[name].offset + offset, bits.nbytes)
+        if stored != bits.tobytes():
+            self._problems[f"{file.path}: {name}"] = None
+        return stored
 
     def _check_checksums(self, digests: np.ndarray) -> None:
         for column, rank in enumerate(self.ranks):

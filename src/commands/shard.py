@@ -7,14 +7,23 @@ from ..checkpoint.plan import parse_ranks
 from ..checkpoint.sharder import shard_checkpoint
 from ..dtypes import MODEL_DTYPES
 from ..progress_bar import ByteBar, format_bytes, format_seconds
+from ..weight_forms import BF16, FORMS
 from .arguments import file_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", type=file_name, help="folder of a Hugging Face checkpoint, FP8, BF16 or FP32")
+    parser.add_argument("model_dir", type=file_name, help="folder of a Hugging Face checkpoint, FP8, INT4, BF16 or FP32")
     parser.add_argument("out_dir", type=file_name, help="gets weights/tp{rank}_sharded_checkpoint.safetensors")
     parser.add_argument("--tp-degree", type=int, required=True, help="number of ranks, 64 on a trn2.48xlarge")
     parser.add_argument("--dtype", choices=MODEL_DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--weights",
+        choices=FORMS,
+        default=BF16.name,
+        help="routed experts: "
+        + "; ".join(f"{form.name}: {form.what}" for form in FORMS.values())
+        + " (all else stays in --dtype)",
+    )
     parser.add_argument("--ranks", help="write only these, for example 0-7,32")
     parser.add_argument("--jobs", type=int, help="threads; one per core if not given")
     parser.add_argument("--with-mtp", action="store_true", help="write the MTP layers too, to OUT_DIR/mtp/weights")
@@ -37,17 +46,29 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             with_mtp=args.with_mtp,
             progress=progress,
+            weights=args.weights,
         )
     resumed = f" ({format_bytes(summary.resumed)} were there already)" if summary.resumed else ""
     print(f"{summary.files} files in {', '.join(map(str, summary.folders))}")
     rate = summary.bytes / summary.seconds
     print(f"{format_bytes(summary.bytes)} written{resumed}, {format_seconds(summary.seconds)}, {format_bytes(rate)}/s")
+    for line in error_lines(summary.errors):
+        print(line)
     return 0
+
+
+def error_lines(errors: dict[str, float]) -> list[str]:
+    """A line per layer with experts: the relative error of FP8 in each projection."""
+    layers: dict[str, list[str]] = {}
+    for name, error in errors.items():
+        layer, _, tensor = name.partition(".mlp.")
+        layers.setdefault(layer, []).append(f"{tensor.split('.')[-2]} {error:.2e}")
+    return [f"error of FP8  {layer:<10} {', '.join(found)}" for layer, found in layers.items()]
 
 
 def _dry_run(args: argparse.Namespace, ranks: list[int]) -> int:
     estimate = estimate_sharding(
-        args.model_dir, args.out_dir, args.tp_degree, args.dtype, ranks, args.jobs, args.with_mtp
+        args.model_dir, args.out_dir, args.tp_degree, args.dtype, ranks, args.jobs, args.with_mtp, args.weights
     )
     enough = "enough" if estimate.free >= estimate.bytes else "NOT ENOUGH"
     print(f"checkpoint    in order, {format_bytes(estimate.source_bytes)}")

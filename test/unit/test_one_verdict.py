@@ -183,7 +183,15 @@ FOLDERS = {
     ),
     "scales of another name": (
         renamed(lambda name: name.replace(SCALE, "_scale")),
-        "weight_scale: quant_method fp8: weights with weight_scale are not supported",
+        None,
+    ),
+    "two scales of a weight": (
+        each(lambda n, t: {n: t, n.replace(SCALE, "_scale"): t.clone()}),
+        "weight_scale: a second scale of its weight; remove one of the two (the same of ",
+    ),
+    "scales of activations": (
+        each(lambda n, t: {n: t, n.replace("weight" + SCALE, "input_scale"): torch.ones(1)} if SCALE in n else {n: t}),
+        None,
     ),
     "quantization_config deleted": (with_config(quantization_config=None), None),
     "weight_block_size null": (with_config(quantization_config=FP8 | {"weight_block_size": None}), None),
@@ -198,11 +206,19 @@ FOLDERS = {
     ),
     "one scale per tensor": (
         both(each(per_tensor), with_config(quantization_config=FP8 | {"weight_block_size": None})),
-        "quant_method fp8: FP8 with one scale per tensor is not supported yet",
+        None,
     ),
-    "INT4 of compressed-tensors": (
+    "INT4 of no shape": (
         both(packed("weight_packed", "weight_scale", "weight_shape"), with_config(quantization_config=QUARTERS)),
-        "quant_method compressed-tensors (format pack-quantized): weights with weight_packed are not supported",
+        "weight_packed: shape [4], expected ",
+    ),
+    "INT4 with zero points": (
+        both(packed("weight_packed", "weight_scale", "weight_zero_point"), with_config(quantization_config=QUARTERS)),
+        "quant_method compressed-tensors (format pack-quantized): weights with weight_zero_point are not supported",
+    ),
+    "INT8": (
+        each(lambda n, t: {n: t.view(torch.int8) if t.dtype == torch.float8_e4m3fn else t}),
+        "dtype torch.int8 is not supported; use an FP8, INT4, BF16 or FP32 checkpoint (the same of ",
     ),
     "GPTQ": (
         both(packed("qweight", "qzeros", "scales", "g_idx"), with_config(quantization_config={"quant_method": "gptq"})),
@@ -238,15 +254,16 @@ OTHER_WEIGHTS = (
     "scales in BF16",
     "BF16 without scales, config says FP8",
     "64x64, quantization_config deleted",
+    "one scale per tensor",
 )
 # Which faults of all tensors are told in one line.
 ONE_LINE = (
     "BF16 beside scales",
-    "scales of another name",
+    "two scales of a weight",
+    "INT8",
     "weight_block_size of other blocks",
     "blocks of no common size",
-    "one scale per tensor",
-    "INT4 of compressed-tensors",
+    "INT4 with zero points",
     "GPTQ",
     "NVFP4",
     "quantized, config.json does not say how",

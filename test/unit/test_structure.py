@@ -41,7 +41,17 @@ def test_no_two_classes_have_one_name():
 
 
 @pytest.mark.parametrize(
-    "room", ["checkpoint", "model_config.py", "family.py", "dtypes.py", "mla.py", "routing.py", "rope_util.py"]
+    "room",
+    [
+        "checkpoint",
+        "model_config.py",
+        "family.py",
+        "dtypes.py",
+        "mla.py",
+        "routing.py",
+        "rope_util.py",
+        "weight_forms.py",
+    ],
 )
 def test_rooms_that_must_outlive_nxdi_know_no_backend(room):
     """Neither NxDI's config nor transformers, also not by way of another module."""
