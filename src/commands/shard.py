@@ -12,7 +12,9 @@ from .arguments import file_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_dir", type=file_name, help="folder of a Hugging Face checkpoint, FP8, INT4, BF16 or FP32")
+    parser.add_argument(
+        "model_dir", type=file_name, help="folder of a Hugging Face checkpoint, FP8, INT4, BF16 or FP32"
+    )
     parser.add_argument("out_dir", type=file_name, help="gets weights/tp{rank}_sharded_checkpoint.safetensors")
     parser.add_argument("--tp-degree", type=int, required=True, help="number of ranks, 64 on a trn2.48xlarge")
     parser.add_argument("--dtype", choices=MODEL_DTYPES, default="bfloat16")
