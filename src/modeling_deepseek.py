@@ -179,11 +179,12 @@ class DeepseekV3Router(nn.Module):
         self.tp_degree = config.neuron_config.tp_degree
         self.num_experts, self.top_k = model.n_routed_experts, model.num_experts_per_tok
         self.hidden_size = model.hidden_size
-        self.scoring, self.grouping = SCORING[model.member.scoring], model.member.grouping
+        self.scoring, self.grouping = SCORING[model.member.scoring], model.grouping
         self.n_group, self.topk_group = model.n_group, model.topk_group
         self.norm_topk_prob, self.routed_scaling_factor = model.norm_topk_prob, model.routed_scaling_factor
         self.linear_router = nn.Linear(self.hidden_size, self.num_experts, bias=False, dtype=dtype)
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(self.num_experts), requires_grad=False)
+        bias = nn.Parameter(torch.zeros(self.num_experts), requires_grad=False)
+        self.register_parameter("e_score_correction_bias", bias if model.member.correction_bias else None)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [B, S, H]. Returns float32 logits [T, E], of this rank's tokens alone where they are shared
