@@ -6,6 +6,12 @@ from typing import Any
 from .errors import ConfigError
 
 CONFIG_JSON = "config.json"
+# What some config.json call a field; a later name counts only where the ones before it are absent.
+_OTHER_NAMES = {
+    "n_routed_experts": ("num_experts", "num_local_experts"),
+    "n_shared_experts": ("num_shared_experts",),
+    "num_nextn_predict_layers": ("num_mtp_layers",),
+}
 _MISSING = object()
 _TINY, _LARGE = 1e-30, 1e30  # no field of the family comes near them, and float32 holds both
 
@@ -18,7 +24,8 @@ class ConfigFields:
         self._defaults = defaults or {}
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
-        value = self._fields.get(name)
+        names = (name, *_OTHER_NAMES.get(name, ()))
+        value = next((self._fields[name] for name in names if self._fields.get(name) is not None), None)
         if value is None:
             value = self._defaults.get(name)
         if value is None and default is _MISSING:

@@ -14,7 +14,7 @@ from typing import Any
 from .config_fields import CONFIG_JSON, ConfigFields
 from .dtypes import BY_TORCH
 from .errors import ConfigError
-from .family import FAMILY, Member, member_of
+from .family import MODEL_TYPES, Member, listed_layers, member_of, text_fields
 
 # Fields of ModelConfig whose form differs from config.json's; none of them changes what tensors the model has.
 OTHER_FORM_IN_JSON = ("rope_theta", "rope_scaling", "quantization", "dtype", "eos_token_id")
@@ -43,6 +43,7 @@ class YarnScaling:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    llama_4_scaling_beta: float | None = None
 
     @property
     def attention_factor(self) -> float:
@@ -102,6 +103,7 @@ class ModelConfig:
     norm_topk_prob: bool
     first_k_dense_replace: int
     moe_layer_freq: int
+    mlp_layer_types: tuple[str, ...] | None
     attention_bias: bool
     tie_word_embeddings: bool
     num_nextn_predict_layers: int
@@ -119,6 +121,9 @@ class ModelConfig:
 
     def has_experts(self, layer: int) -> bool:
         return self.member.has_experts(self, layer)
+
+    def has_norm_after_mlp(self, layer: int) -> bool:
+        return self.member.norm_after_experts and self.has_experts(layer)
 
     @property
     def grouping(self) -> str | None:
@@ -163,7 +168,10 @@ def load_model_config(model_dir: str | Path) -> ModelConfig:
 
 
 def read_config_json(model_dir: str | Path) -> dict[str, Any]:
-    """The config.json of a checkpoint folder. Raises ConfigError when it is missing or not a JSON object."""
+    """The config.json of a checkpoint folder, of its text model where it holds several.
+
+    Raises ConfigError when it is missing or not a JSON object.
+    """
     path = Path(model_dir) / CONFIG_JSON
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -173,7 +181,7 @@ def read_config_json(model_dir: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: holds no JSON object; download it again")
-    return config
+    return dict(text_fields(config))
 
 
 def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
@@ -182,6 +190,7 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
     null counts as absence; absent fields get the defaults of the released modeling code. Raises ConfigError naming the
     field: for a missing or malformed one, for a value that is not implemented, for sizes that do not fit together.
     """
+    fields = text_fields(fields)
     member = member_of(_model_type(ConfigFields(fields)))
     read = ConfigFields(fields, defaults=member.defaults)
     read.implemented(_IMPLEMENTED | {name: (value,) for name, value in member.fixed.items()})
@@ -189,7 +198,7 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
     topk_method = read.get("topk_method", next(iter(member.grouping)))
     grouped = member.grouping[topk_method] is not None
     max_positions = read.integer("max_position_embeddings", 163840)
-    rope_theta, rope_scaling = _rope(read, max_positions)
+    rope_theta, rope_scaling = _rope(read, max_positions, member)
     config = ModelConfig(
         model_type=member.model_type,
         vocab_size=read.integer("vocab_size"),
@@ -215,6 +224,7 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
         norm_topk_prob=read.flag("norm_topk_prob", True),
         first_k_dense_replace=read.integer("first_k_dense_replace", 0, least=0),
         moe_layer_freq=read.integer("moe_layer_freq", 1),
+        mlp_layer_types=_layer_types(read) if member.has_experts is listed_layers else None,
         attention_bias=read.flag("attention_bias", False),
         tie_word_embeddings=read.flag("tie_word_embeddings", False),
         num_nextn_predict_layers=read.integer("num_nextn_predict_layers", 0, least=0, most=100),
@@ -234,11 +244,24 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
 def _model_type(read: ConfigFields) -> str:
     model_type = read.get("model_type", "deepseek_v3")
     if not isinstance(model_type, str):
-        raise read.error("model_type", model_type, f"must be text; supported: {', '.join(FAMILY)}")
+        raise read.error("model_type", model_type, f"must be text; supported: {', '.join(MODEL_TYPES)}")
     return model_type
 
 
-def _rope(read: ConfigFields, max_positions: int) -> tuple[float, YarnScaling | None]:
+def _layer_types(read: ConfigFields) -> tuple[str, ...] | None:
+    """`mlp_layer_types`: dense or sparse for each layer, MTP layers may be left out."""
+    kinds = read.get("mlp_layer_types", None)
+    if kinds is None:
+        return None
+    layers = read.integer("num_hidden_layers", most=1000)
+    if not isinstance(kinds, list | tuple) or not {"dense", "sparse"}.issuperset(map(str, kinds)):
+        raise read.error("mlp_layer_types", kinds, "must be a list of 'dense' and 'sparse'")
+    if isinstance(layers, int) and len(kinds) < layers:
+        raise read.error("mlp_layer_types", kinds, f"must name all {layers} layers")
+    return tuple(kinds)
+
+
+def _rope(read: ConfigFields, max_positions: int, member: Member) -> tuple[float, YarnScaling | None]:
     """`rope_theta` and `rope_scaling`, or the `rope_parameters` that transformers 5 makes of the two."""
     name = "rope_parameters" if read.get("rope_parameters", None) else "rope_scaling"
     found = read.get(name, {}) or {}
@@ -248,21 +271,32 @@ def _rope(read: ConfigFields, max_positions: int) -> tuple[float, YarnScaling | 
     theta = rope.number("rope_theta", None, least=1.01) or read.number("rope_theta", 10000.0, least=1.01)
     kinds = {str(found[key]) for key in _ROPE_TYPE_KEYS if found.get(key) is not None}
     settings = {key for key, value in found.items() if value is not None} - {"rope_theta", *_ROPE_TYPE_KEYS}
-    if kinds == {"default"} or not (kinds or settings):
+    if not member.scaled_queries and (kinds == {"default"} or not (kinds or settings)):
         return theta, None
     if not kinds or not kinds.issubset(_YARN_TYPES):
         named = ", ".join(sorted(kinds)) or "missing"
         raise ConfigError(f"{CONFIG_JSON}: {name}: type is {named}; supported: yarn, or default for plain RoPE")
-    rope.implemented(_IMPLEMENTED_ROPE)
-    unknown = sorted(settings - set(_IMPLEMENTED_ROPE) - set(YarnScaling.__dataclass_fields__))
+    known = set(_IMPLEMENTED_ROPE) | set(YarnScaling.__dataclass_fields__)
+    if member.scaled_queries:
+        # Its rotary share is of the whole head, and it repeats a field from outside.
+        rope.implemented({**_IMPLEMENTED_ROPE, "partial_rotary_factor": (_rotary_share(read),)})
+        known.add("max_position_embeddings")
+    else:
+        rope.implemented(_IMPLEMENTED_ROPE | {"llama_4_scaling_beta": ()})
+    unknown = sorted(settings - known)
     if unknown:
         raise ConfigError(f"{CONFIG_JSON}: {name} has unsupported fields {', '.join(unknown)}; remove them")
-    scaling = _yarn(rope, max_positions)
+    scaling = _yarn(rope, max_positions, member)
     rope.raise_problems()
     return theta, scaling
 
 
-def _yarn(rope: ConfigFields, max_positions: int) -> YarnScaling:
+def _rotary_share(read: ConfigFields) -> float:
+    rotated, rest = (read.integer(name) for name in ("qk_rope_head_dim", "qk_nope_head_dim"))
+    return rotated / (rotated + rest)
+
+
+def _yarn(rope: ConfigFields, max_positions: int, member: Member) -> YarnScaling:
     pair = ("mscale", "mscale_all_dim")
     if len({rope.get(name, None) is None for name in pair}) == 2:
         # The released code and transformers scale cos and sin differently then.
@@ -274,6 +308,7 @@ def _yarn(rope: ConfigFields, max_positions: int) -> YarnScaling:
         beta_slow=rope.number("beta_slow", YarnScaling.beta_slow),
         mscale=rope.number("mscale", YarnScaling.mscale),
         mscale_all_dim=rope.number("mscale_all_dim", YarnScaling.mscale_all_dim),
+        llama_4_scaling_beta=rope.number("llama_4_scaling_beta") if member.scaled_queries else None,
     )
 
 
