@@ -82,6 +82,16 @@ FAMILY = {
             fixed={"norm_topk_prob": False},
         ),
         Member(
+            model_type="glm4_moe_lite",
+            architectures=("Glm4MoeLiteForCausalLM",),
+            scoring="sigmoid",
+            grouping=_TWO_BEST,
+            correction_bias=True,
+            judge="Glm4MoeLiteForCausalLM",
+            has_experts=listed_layers,
+            defaults={"first_k_dense_replace": 1, "routed_scaling_factor": 1.8},
+        ),
+        Member(
             model_type="axk1",
             architectures=("AXK1ForCausalLM",),
             scoring="sigmoid",

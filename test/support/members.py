@@ -34,6 +34,11 @@ V2 = _without(
     "rope_scaling",
 ) | {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}
 
+GLM = _member("glm4_moe_lite", "Glm4MoeLiteForCausalLM", n_group=1, topk_group=1, routed_scaling_factor=1.8)
+GLM |= {"qk_nope_head_dim": 24, "v_head_dim": 40, "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 1000000}
+# Without this field the judge has one dense layer; with it, those that the list tells.
+GLM = _without(GLM, "first_k_dense_replace", "moe_layer_freq") | {"num_nextn_predict_layers": 1}
+
 AXK1 = _member("axk1", "AXK1ForCausalLM", moe_layer_freq=2, num_hidden_layers=5, first_k_dense_replace=1)
 
 MISTRAL = _member("mistral4", "Mistral4ForCausalLM", scoring_func="softmax", first_k_dense_replace=0)
@@ -58,6 +63,8 @@ MEMBERS = {
     "DeepSeek-V2": V2 | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0, "topk_group": 2},
     "DeepSeek-V2-Lite": V2
     | {"topk_method": "greedy", "q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    "GLM-4.7-Flash": GLM | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "GLM, other layers dense": GLM | {"mlp_layer_types": ["sparse", "dense", "sparse"]},
     "Kimi-K2.5": KIMI,
     "A.X-K1": AXK1,
     "Mistral-Small-4": MISTRAL,
