@@ -92,6 +92,15 @@ FAMILY = {
             defaults={"first_k_dense_replace": 1, "routed_scaling_factor": 1.8},
         ),
         Member(
+            model_type="sarvam_mla",
+            architectures=("SarvamMLAForCausalLM",),
+            scoring="sigmoid",
+            grouping=_TWO_BEST,
+            correction_bias=True,
+            judge="DeepseekV3ForCausalLM",
+            defaults={"first_k_dense_replace": 1, "routed_scaling_factor": 2.5},
+        ),
+        Member(
             model_type="axk1",
             architectures=("AXK1ForCausalLM",),
             scoring="sigmoid",

@@ -39,6 +39,10 @@ GLM |= {"qk_nope_head_dim": 24, "v_head_dim": 40, "rms_norm_eps": 1e-5, "rope_sc
 # Without this field the judge has one dense layer; with it, those that the list tells.
 GLM = _without(GLM, "first_k_dense_replace", "moe_layer_freq") | {"num_nextn_predict_layers": 1}
 
+SARVAM = _member("sarvam_mla", "SarvamMLAForCausalLM", q_lora_rank=None, head_dim=64, num_experts=20)
+SARVAM |= {"num_shared_experts": 1, "n_group": 1, "topk_group": 1, "rope_scaling": YARN | {"type": "deepseek_yarn"}}
+SARVAM = _without(SARVAM, "n_routed_experts", "n_shared_experts")
+
 AXK1 = _member("axk1", "AXK1ForCausalLM", moe_layer_freq=2, num_hidden_layers=5, first_k_dense_replace=1)
 
 MISTRAL = _member("mistral4", "Mistral4ForCausalLM", scoring_func="softmax", first_k_dense_replace=0)
@@ -65,6 +69,7 @@ MEMBERS = {
     | {"topk_method": "greedy", "q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
     "GLM-4.7-Flash": GLM | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
     "GLM, other layers dense": GLM | {"mlp_layer_types": ["sparse", "dense", "sparse"]},
+    "sarvam-105b": SARVAM,
     "Kimi-K2.5": KIMI,
     "A.X-K1": AXK1,
     "Mistral-Small-4": MISTRAL,
