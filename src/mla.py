@@ -22,6 +22,16 @@ QUERY_BLOCK = 512
 MAX_QUERY_BLOCKS = 32
 
 
+def query_growth(position_ids: Tensor, beta: float, original_length: int) -> Tensor:
+    """What queries are multiplied with: 1 + beta * log(1 + floor(position / original_length)), float32 [B, 1, S, 1].
+
+    position_ids: int [B, S]; padding, at -1, counts as 0. (Mistral-Small-4, as Llama 4.) The half keeps each quotient
+    away from whole numbers, so that floor is right also where division is not exact.
+    """
+    positions = position_ids.clamp(min=0).to(torch.float32)[:, None, :, None]
+    return 1 + beta * torch.log1p(torch.floor((positions + 0.5) / original_length))
+
+
 def expanded_attention(
     q_nope_BNSD: Tensor, q_pe_BNSP: Tensor, k_nope_BNSD: Tensor, k_pe_B1SP: Tensor, v_BNSV: Tensor, scale: float
 ) -> Tensor:

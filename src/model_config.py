@@ -11,15 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .config_fields import CONFIG_JSON, ConfigFields
 from .dtypes import BY_TORCH
 from .errors import ConfigError
-from .family import FAMILY, Member, member_of
+from .family import MODEL_TYPES, Member, listed_layers, member_of, text_fields
 
-CONFIG_JSON = "config.json"
 # Fields of ModelConfig whose form differs from config.json's; none of them changes what tensors the model has.
 OTHER_FORM_IN_JSON = ("rope_theta", "rope_scaling", "quantization", "dtype", "eos_token_id")
-_MISSING = object()
-_TINY, _LARGE = 1e-30, 1e30  # no field of the family comes near them, and float32 holds both
 
 # Fields that change the maths, with the values that are implemented. null counts as absent.
 _IMPLEMENTED = {
@@ -45,6 +43,7 @@ class YarnScaling:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    llama_4_scaling_beta: float | None = None
 
     @property
     def attention_factor(self) -> float:
@@ -99,10 +98,12 @@ class ModelConfig:
     n_shared_experts: int
     n_group: int
     topk_group: int
+    topk_method: str
     routed_scaling_factor: float
     norm_topk_prob: bool
     first_k_dense_replace: int
     moe_layer_freq: int
+    mlp_layer_types: tuple[str, ...] | None
     attention_bias: bool
     tie_word_embeddings: bool
     num_nextn_predict_layers: int
@@ -120,6 +121,14 @@ class ModelConfig:
 
     def has_experts(self, layer: int) -> bool:
         return self.member.has_experts(self, layer)
+
+    def has_norm_after_mlp(self, layer: int) -> bool:
+        return self.member.norm_after_experts and self.has_experts(layer)
+
+    @property
+    def grouping(self) -> str | None:
+        """How a group of experts is rated, a key of routing.GROUP_RATING; None where groups do not count."""
+        return self.member.grouping[self.topk_method]
 
     @property
     def mtp_layers(self) -> range:
@@ -159,7 +168,10 @@ def load_model_config(model_dir: str | Path) -> ModelConfig:
 
 
 def read_config_json(model_dir: str | Path) -> dict[str, Any]:
-    """The config.json of a checkpoint folder. Raises ConfigError when it is missing or not a JSON object."""
+    """The config.json of a checkpoint folder, of its text model where it holds several.
+
+    Raises ConfigError when it is missing or not a JSON object.
+    """
     return read_config_file(Path(model_dir) / CONFIG_JSON)
 
 
@@ -173,7 +185,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: holds no JSON object; download it again")
-    return config
+    return dict(text_fields(config))
 
 
 def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
@@ -182,11 +194,15 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
     null counts as absence; absent fields get the defaults of the released modeling code. Raises ConfigError naming the
     field: for a missing or malformed one, for a value that is not implemented, for sizes that do not fit together.
     """
-    read = _Fields(fields)
-    member = member_of(_model_type(read))
-    read.implemented(_IMPLEMENTED | {"scoring_func": (member.scoring,), "topk_method": (member.topk_method,)})
+    fields = text_fields(fields)
+    member = member_of(_model_type(ConfigFields(fields)))
+    read = ConfigFields(fields, defaults=member.defaults)
+    read.implemented(_IMPLEMENTED | {name: (value,) for name, value in member.fixed.items()})
+    read.implemented({"scoring_func": (member.scoring,), "topk_method": tuple(member.grouping)})
+    topk_method = read.get("topk_method", next(iter(member.grouping)))
+    grouped = member.grouping[topk_method] is not None
     max_positions = read.integer("max_position_embeddings", 163840)
-    rope_theta, rope_scaling = _rope(read, max_positions)
+    rope_theta, rope_scaling = _rope(read, max_positions, member)
     config = ModelConfig(
         model_type=member.model_type,
         vocab_size=read.integer("vocab_size"),
@@ -205,12 +221,14 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=max_positions,
         q_lora_rank=read.integer("q_lora_rank", None),
         n_shared_experts=read.integer("n_shared_experts", 0, least=0),
-        n_group=read.integer("n_group", 1),
-        topk_group=read.integer("topk_group", 1),
+        n_group=read.integer("n_group", 1) if grouped else 1,
+        topk_group=read.integer("topk_group", 1) if grouped else 1,
+        topk_method=topk_method,
         routed_scaling_factor=read.number("routed_scaling_factor", 1.0),
         norm_topk_prob=read.flag("norm_topk_prob", True),
         first_k_dense_replace=read.integer("first_k_dense_replace", 0, least=0),
         moe_layer_freq=read.integer("moe_layer_freq", 1),
+        mlp_layer_types=_layer_types(read) if member.has_experts is listed_layers else None,
         attention_bias=read.flag("attention_bias", False),
         tie_word_embeddings=read.flag("tie_word_embeddings", False),
         num_nextn_predict_layers=read.integer("num_nextn_predict_layers", 0, least=0, most=100),
@@ -227,96 +245,62 @@ def read_model_config(fields: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
-class _Fields:
-    """The fields of a JSON object, read one by one. Missing ones are collected, so that all are told at once."""
-
-    def __init__(self, fields: Mapping[str, Any], where: str = CONFIG_JSON):
-        self._fields, self._where, self._missing = fields, where, []
-
-    def get(self, name: str, default: Any = _MISSING) -> Any:
-        value = self._fields.get(name)
-        if value is None and default is _MISSING:
-            self._missing.append(name)
-        return default if value is None else value
-
-    def integer(self, name: str, default: Any = _MISSING, least: int = 1, most: int = 2**31 - 1) -> Any:
-        """A whole number, also where it is written as 4096.0."""
-        value = self.get(name, default)
-        if value is default:
-            return value
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if type(value) is not int or not least <= value <= most:
-            raise self.error(name, value, f"must be a whole number from {least} to {most}")
-        return value
-
-    def number(self, name: str, default: Any = _MISSING, least: float = _TINY) -> Any:
-        """A number of at least `least`, by default any above 0."""
-        value = self.get(name, default)
-        if value is default:
-            return value
-        if type(value) not in (int, float) or not least <= value <= _LARGE:
-            raise self.error(name, value, f"must be a number {'above 0' if least == _TINY else f'from {least:g} on'}")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if type(value) is not bool:
-            raise self.error(name, value, "must be true or false")
-        return value
-
-    def implemented(self, table: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raises ConfigError for a field of `table` that is there with a value that is not in its row."""
-        for name, allowed in table.items():
-            value = self.get(name, None)
-            # Equal and of equal type: 1 is not True.
-            if value is not None and not any(value == right and type(value) is type(right) for right in allowed):
-                supported = f"supported: {', '.join(map(str, allowed))}" if allowed else "leave it out"
-                raise self.error(name, value, f"is not supported; {supported}")
-
-    def error(self, name: str, value: Any, what: str) -> ConfigError:
-        return ConfigError(f"{self._where}: {name} {value!r} {what}")
-
-    def raise_problems(self) -> None:
-        if self._missing:
-            what = "is this the config.json of a DeepSeek-V3 model?"
-            if isinstance(self._fields.get("text_config"), Mapping):
-                what = "its text_config is that of a part of a larger model, which is not supported"
-            raise ConfigError(f"{self._where}: missing {', '.join(self._missing)}; {what}")
-
-
-def _model_type(read: _Fields) -> str:
+def _model_type(read: ConfigFields) -> str:
     model_type = read.get("model_type", "deepseek_v3")
     if not isinstance(model_type, str):
-        raise read.error("model_type", model_type, f"must be text; supported: {', '.join(FAMILY)}")
+        raise read.error("model_type", model_type, f"must be text; supported: {', '.join(MODEL_TYPES)}")
     return model_type
 
 
-def _rope(read: _Fields, max_positions: int) -> tuple[float, YarnScaling | None]:
+def _layer_types(read: ConfigFields) -> tuple[str, ...] | None:
+    """`mlp_layer_types`: dense or sparse for each layer, MTP layers may be left out."""
+    kinds = read.get("mlp_layer_types", None)
+    if kinds is None:
+        return None
+    layers = read.integer("num_hidden_layers", most=1000)
+    if not isinstance(kinds, list | tuple) or not {"dense", "sparse"}.issuperset(map(str, kinds)):
+        raise read.error("mlp_layer_types", kinds, "must be a list of 'dense' and 'sparse'")
+    if isinstance(layers, int) and len(kinds) < layers:
+        raise read.error("mlp_layer_types", kinds, f"must name all {layers} layers")
+    return tuple(kinds)
+
+
+def _rope(read: ConfigFields, max_positions: int, member: Member) -> tuple[float, YarnScaling | None]:
     """`rope_theta` and `rope_scaling`, or the `rope_parameters` that transformers 5 makes of the two."""
     name = "rope_parameters" if read.get("rope_parameters", None) else "rope_scaling"
     found = read.get(name, {}) or {}
     if not isinstance(found, Mapping):
         raise read.error(name, found, "must be a JSON object or null")
-    rope = _Fields(found, f"{CONFIG_JSON}: {name}")
+    rope = ConfigFields(found, f"{CONFIG_JSON}: {name}")
     theta = rope.number("rope_theta", None, least=1.01) or read.number("rope_theta", 10000.0, least=1.01)
     kinds = {str(found[key]) for key in _ROPE_TYPE_KEYS if found.get(key) is not None}
     settings = {key for key, value in found.items() if value is not None} - {"rope_theta", *_ROPE_TYPE_KEYS}
-    if kinds == {"default"} or not (kinds or settings):
+    if not member.scaled_queries and (kinds == {"default"} or not (kinds or settings)):
         return theta, None
     if not kinds or not kinds.issubset(_YARN_TYPES):
         named = ", ".join(sorted(kinds)) or "missing"
         raise ConfigError(f"{CONFIG_JSON}: {name}: type is {named}; supported: yarn, or default for plain RoPE")
-    rope.implemented(_IMPLEMENTED_ROPE)
-    unknown = sorted(settings - set(_IMPLEMENTED_ROPE) - set(YarnScaling.__dataclass_fields__))
+    known = set(_IMPLEMENTED_ROPE) | set(YarnScaling.__dataclass_fields__)
+    if member.scaled_queries:
+        # Its rotary share is of the whole head, and it repeats a field from outside.
+        rope.implemented({**_IMPLEMENTED_ROPE, "partial_rotary_factor": (_rotary_share(read),)})
+        known.add("max_position_embeddings")
+    else:
+        rope.implemented(_IMPLEMENTED_ROPE | {"llama_4_scaling_beta": ()})
+    unknown = sorted(settings - known)
     if unknown:
         raise ConfigError(f"{CONFIG_JSON}: {name} has unsupported fields {', '.join(unknown)}; remove them")
-    scaling = _yarn(rope, max_positions)
+    scaling = _yarn(rope, max_positions, member)
     rope.raise_problems()
     return theta, scaling
 
 
-def _yarn(rope: _Fields, max_positions: int) -> YarnScaling:
+def _rotary_share(read: ConfigFields) -> float:
+    rotated, rest = (read.integer(name) for name in ("qk_rope_head_dim", "qk_nope_head_dim"))
+    return rotated / (rotated + rest)
+
+
+def _yarn(rope: ConfigFields, max_positions: int, member: Member) -> YarnScaling:
     pair = ("mscale", "mscale_all_dim")
     if len({rope.get(name, None) is None for name in pair}) == 2:
         # The released code and transformers scale cos and sin differently then.
@@ -328,10 +312,11 @@ def _yarn(rope: _Fields, max_positions: int) -> YarnScaling:
         beta_slow=rope.number("beta_slow", YarnScaling.beta_slow),
         mscale=rope.number("mscale", YarnScaling.mscale),
         mscale_all_dim=rope.number("mscale_all_dim", YarnScaling.mscale_all_dim),
+        llama_4_scaling_beta=rope.number("llama_4_scaling_beta") if member.scaled_queries else None,
     )
 
 
-def _quantization(read: _Fields) -> Quantization | None:
+def _quantization(read: ConfigFields) -> Quantization | None:
     found = read.get("quantization_config", {}) or {}
     if not isinstance(found, Mapping):
         raise read.error("quantization_config", found, "must be a JSON object or null")
@@ -356,7 +341,7 @@ def _block_structure(found: Mapping[str, Any]) -> Any:
     return None
 
 
-def _stop_tokens(read: _Fields) -> tuple[int, ...]:
+def _stop_tokens(read: ConfigFields) -> tuple[int, ...]:
     """`eos_token_id`: none, one or a list."""
     value = read.get("eos_token_id", [])
     tokens = value if isinstance(value, list | tuple) else [value]
@@ -365,7 +350,7 @@ def _stop_tokens(read: _Fields) -> tuple[int, ...]:
     return tuple(tokens)
 
 
-def _dtype(read: _Fields) -> str | None:
+def _dtype(read: ConfigFields) -> str | None:
     """The dtype of the weights as config.json has it; None where it says nothing, or `auto`."""
     value = read.get("dtype", None) or read.get("torch_dtype", "auto")
     name = str(value).removeprefix("torch.")
@@ -386,7 +371,7 @@ def _check_sizes(config: ModelConfig) -> None:
     experts, groups = config.n_routed_experts, config.n_group
     if experts % groups:
         raise ConfigError(f"{CONFIG_JSON}: n_group {groups} does not divide {experts} experts")
-    if groups > 1 and experts // groups < 2:
+    if groups > 1 and config.grouping == "two best" and experts // groups < 2:
         raise ConfigError(f"{CONFIG_JSON}: n_group {groups} leaves one expert per group; 2 are needed")
     if config.topk_group > groups:
         raise ConfigError(f"{CONFIG_JSON}: topk_group {config.topk_group} is not in 1..n_group {groups}")

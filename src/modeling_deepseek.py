@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from . import backend
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
-from .mla import absorbed_attention, expanded_attention
+from .mla import absorbed_attention, expanded_attention, query_growth
 from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
 from .routing import SCORING, expert_weights, packed, select_experts, spread, unpacked
 
@@ -87,6 +87,8 @@ class DeepseekV3Attention(nn.Module):
         self.nope_dim, self.rope_dim, self.v_dim = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
         self.num_heads = model.num_attention_heads // neuron_config.tp_degree
         self.softmax_scale = model.softmax_scale
+        rope = model.rope_scaling
+        self.query_growth = (rope.llama_4_scaling_beta, rope.original_max_position_embeddings) if rope else (None, 0)
         self.sequence_parallel = neuron_config.sequence_parallel_enabled
 
         heads, dtype = model.num_attention_heads, neuron_config.torch_dtype
@@ -128,6 +130,9 @@ class DeepseekV3Attention(nn.Module):
         if self.sequence_parallel and past_key_value is None:
             hidden_states = backend.gather_sequence(hidden_states)
         q_nope, q_pe, k_pe, latent = self._project(hidden_states, cos_cache, sin_cache)
+        if self.query_growth[0] is not None:
+            growth = query_growth(position_ids, *self.query_growth).to(q_nope.dtype)
+            q_nope, q_pe = q_nope * growth, q_pe * growth
         if past_key_value is None:
             out_BNSV = self._prefill(q_nope, q_pe, k_pe, latent)
         else:
@@ -186,11 +191,12 @@ class DeepseekV3Router(nn.Module):
         self.tp_degree = config.neuron_config.tp_degree
         self.num_experts, self.top_k = model.n_routed_experts, model.num_experts_per_tok
         self.hidden_size = model.hidden_size
-        self.scoring, self.grouping = SCORING[model.member.scoring], model.member.grouping
+        self.scoring, self.grouping = SCORING[model.member.scoring], model.grouping
         self.n_group, self.topk_group = model.n_group, model.topk_group
         self.norm_topk_prob, self.routed_scaling_factor = model.norm_topk_prob, model.routed_scaling_factor
         self.linear_router = nn.Linear(self.hidden_size, self.num_experts, bias=False, dtype=dtype)
-        self.e_score_correction_bias = nn.Parameter(torch.zeros(self.num_experts), requires_grad=False)
+        bias = nn.Parameter(torch.zeros(self.num_experts), requires_grad=False)
+        self.register_parameter("e_score_correction_bias", bias if model.member.correction_bias else None)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [B, S, H]. Returns float32 logits [T, E], of this rank's tokens alone where they are shared
@@ -220,6 +226,11 @@ class DeepseekV3Router(nn.Module):
         )
         weights_TK = expert_weights(scores_TE, index_TK, self.norm_topk_prob, self.routed_scaling_factor)
         return logits_TE, weights_TK, index_TK
+
+    def scores_for_choice(self, logits_TE: Tensor) -> Tensor:
+        """The scores [T, E] that decide which experts are chosen, where groups leave the choice."""
+        scores_TE, bias_E = self.scoring(logits_TE), self.e_score_correction_bias
+        return scores_TE if bias_E is None else scores_TE + bias_E
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepseekV3Router":
         """Moves and casts like any module, but leaves the correction bias in float32: NxDI casts whole models to
@@ -263,6 +274,10 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
         self.post_attention_layernorm = norm(model.hidden_size, eps=model.rms_norm_eps)
         self.is_moe = model.has_experts(layer_idx)
         self.mlp = backend.build_moe(config, DeepseekV3Router(config)) if self.is_moe else DeepseekV3DenseMLP(config)
+        if model.has_norm_after_mlp(layer_idx):
+            self.post_mlp_layernorm = norm(model.hidden_size, eps=model.rms_norm_eps)
+        else:
+            self.post_mlp_layernorm = None
 
     def forward(
         self,
@@ -289,6 +304,8 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
         hidden_states = hidden_states + attention
         normed = self.post_attention_layernorm(hidden_states)
         mlp_output = self.mlp(normed, padding_mask)[0] if self.is_moe else self.mlp(normed)
+        if self.post_mlp_layernorm is not None:
+            mlp_output = self.post_mlp_layernorm(mlp_output)
         return hidden_states + mlp_output, key_value, cos_cache, sin_cache, None
 
 

@@ -8,27 +8,30 @@ import torch
 from torch import Tensor
 
 # How logits become affinities, and how a group is rated by its experts' biased scores [T, G, E/G]; see family.Member.
-SCORING = {"sigmoid": torch.sigmoid}
-GROUP_RATING = {"two best": lambda choice_TGe: choice_TGe.topk(2, dim=-1).values.sum(dim=-1)}
+SCORING = {"sigmoid": torch.sigmoid, "softmax": lambda logits_TE: logits_TE.softmax(dim=-1)}
+GROUP_RATING = {
+    "two best": lambda choice_TGe: choice_TGe.topk(2, dim=-1).values.sum(dim=-1),
+    "maximum": lambda choice_TGe: choice_TGe.amax(dim=-1),
+}
 
 
 def select_experts(
     scores_TE: Tensor,
-    bias_E: Tensor,
+    bias_E: Tensor | None,
     top_k: int,
     n_group: int,
     topk_group: int,
-    grouping: str = "two best",
+    grouping: str | None = "two best",
 ) -> Tensor:
     """Indices int64 [T, K] of the experts that each token uses, best first.
 
-    scores_TE: float32 affinities. bias_E: float32 load-balancing correction; it changes which experts are chosen, not
-    their weights.
+    scores_TE: float32 affinities. bias_E: float32 load-balancing correction, None where a model has none; it changes
+    which experts are chosen, not their weights.
     The experts form `n_group` groups of neighbours; a group is rated by its biased scores as `grouping` says, and only
     the best `topk_group` groups may give experts. Experts of other groups get -inf, not 0: an expert of a chosen group
     must win even with a negative score.
     """
-    choice_TE = scores_TE + bias_E
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
     if n_group > 1:
         choice_TGe = choice_TE.unflatten(-1, (n_group, -1))
         group_scores_TG = GROUP_RATING[grouping](choice_TGe)

@@ -2,7 +2,11 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite(
-    "support.parity_suite", "support.compare_suite", "support.module_suite", "support.saved_config_suite"
+    "support.parity_suite",
+    "support.family_suite",
+    "support.compare_suite",
+    "support.module_suite",
+    "support.saved_config_suite",
 )
 pytest_plugins = ["support.results_csv"]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint.folder import Checkpoint
+from ..routing import SCORING
 from .reference import Weights, hugging_face_config, judge_class
 from .tracing import attention_taps, interleave, put
 
@@ -42,10 +43,10 @@ class KeyValues:
         self.tensors = new
         return new
 
-    def rotary_keys(self, rope_dim: int, compressed: bool) -> Tensor:
+    def rotary_keys(self, rope_dim: int, compressed: bool, in_halves: bool) -> Tensor:
         """The rotated k_pe [L, P], pairs interleaved as DeepSeek's."""
-        keys = self.tensors[1] if compressed else self.tensors[0]
-        return interleave(keys[0, 0, :, -rope_dim:])
+        keys = (self.tensors[1] if compressed else self.tensors[0])[0, 0, :, -rope_dim:]
+        return interleave(keys) if in_halves else keys
 
 
 class LayerOracle:
@@ -97,6 +98,10 @@ class LayerOracle:
         put(trace, "post_attention_layernorm", normed)
         mlp_output = (self._moe if self.config.has_experts(layer) else self._dense)(prefix + "mlp.", normed, trace)
         put(trace, "mlp", mlp_output)
+        if self.config.has_norm_after_mlp(layer):
+            norm = self._norm(prefix + "post_mlp_layernorm.")
+            mlp_output = {i: norm(h) for i, h in mlp_output.items()}
+            put(trace, "post_mlp_layernorm", mlp_output)
         output = {i: h + mlp_output[i] for i, h in hidden_states.items()}
         put(trace, "output", output)
         return output
@@ -132,13 +137,17 @@ class LayerOracle:
             normed = norm(h)
             put(trace, "input_layernorm", {i: normed})
             with attention_taps(attention, lambda point, value, i=i: put(trace, point, {i: value[0]})):
+                rotary = self.rotary(h[None], positions)
                 attended, _ = attention(
                     hidden_states=normed[None],
-                    position_embeddings=self.rotary(h[None], positions),
+                    position_embeddings=rotary,
+                    position_ids=positions,
                     attention_mask=_causal_mask(length, len(h), self.dtype),
                     **{self._cache_argument: caches[i]},
                 )
-            k_pe = caches[i].rotary_keys(self.config.qk_rope_head_dim, self._compressed)
+            # Where the angles are complex numbers, as DeepSeek-V2's, pairs stay neighbours.
+            in_halves = isinstance(rotary, tuple)
+            k_pe = caches[i].rotary_keys(self.config.qk_rope_head_dim, self._compressed, in_halves)
             put(trace, "self_attn.k_pe", {i: k_pe[length:]})
             output[i] = h + attended[0]
         return output
@@ -170,12 +179,14 @@ class LayerOracle:
     def _route(self, prefix: str, tokens_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Chosen experts [T, K], their weights [T, K], and the biased scores [T, E] that decided, in float32."""
         gate = self._load("TopkRouter", prefix, self.hf_config)
-        bias = gate.e_score_correction_bias
-        scores_TE = F.linear(tokens_TH.float(), gate.weight.float()).sigmoid() + bias
-        # transformers 4 rules groups out with 0 and so prefers them to negative scores; DeepSeek's release rules them
-        # out with -inf. Scores that are all positive mean the same to both, and a shift of all changes no choice.
-        gate.e_score_correction_bias = bias - bias.min().clamp(max=0)
-        outputs = gate(tokens_TH)[-2:]
+        scores_TE = SCORING[self.config.member.scoring](F.linear(tokens_TH.float(), gate.weight.float()))
+        if self.config.member.correction_bias:
+            bias = gate.e_score_correction_bias
+            scores_TE = scores_TE + bias
+            # transformers 4 rules groups out with 0 and so prefers them to negative scores; DeepSeek's release rules
+            # them out with -inf. Scores that are all positive mean the same to both, and a shift changes no choice.
+            gate.e_score_correction_bias = bias - bias.min().clamp(max=0)
+        outputs = gate(tokens_TH[None])[-2:]
         index_TK, weights_TK = sorted(outputs, key=torch.is_floating_point)
         return index_TK, weights_TK.to(torch.float32), scores_TE
 

@@ -20,15 +20,24 @@ from ..model_config import ModelConfig
 
 _BIAS = "e_score_correction_bias"
 _CAUSAL_LM = "ForCausalLM"
+_FORMER_NAMES = {"TopkRouter": "MoEGate"}  # DeepSeek-V2's in transformers 4
 # Fields of ModelConfig that transformers' config does not get, or gets in a form of its own.
 _CONVERTED = {"model_type", "dtype", "quantization", "num_nextn_predict_layers", "rope_scaling", "eos_token_id"}
+_DENSE_LAYERS = {"first_k_dense_replace", "moe_layer_freq"}
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def judge_class(config: ModelConfig, part: str = _CAUSAL_LM) -> type[nn.Module]:
     """transformers' class that judges this member of the family, or a module of it: `Attention`, `MLP`, ..."""
     judge = config.member.judge
-    modeling = sys.modules[getattr(transformers, judge).__module__]
-    return getattr(modeling, judge.removesuffix(_CAUSAL_LM) + part)
+    found = getattr(transformers, judge, None)
+    if found is None:
+        raise ConfigError(
+            f"transformers {transformers.__version__} has no {judge}, the judge of {config.model_type}; "
+            "install 5.24 or newer"
+        )
+    modeling, name = sys.modules[found.__module__], judge.removesuffix(_CAUSAL_LM)
+    return getattr(modeling, name + part, None) or getattr(modeling, name + _FORMER_NAMES[part])
 
 
 def hugging_face_config(checkpoint: Checkpoint) -> PretrainedConfig:
@@ -38,20 +47,36 @@ def hugging_face_config(checkpoint: Checkpoint) -> PretrainedConfig:
     another model's. Raises ConfigError where transformers refuses a value.
     """
     config = checkpoint.config
-    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _CONVERTED}
-    stop_tokens = list(config.eos_token_id)
     try:
-        return judge_class(config).config_class(
-            **values,
-            num_key_value_heads=config.num_attention_heads,
-            rope_scaling=_rope_scaling(checkpoint),
-            num_nextn_predict_layers=0,
-            eos_token_id=stop_tokens[0] if len(stop_tokens) == 1 else stop_tokens or None,
-            attn_implementation="eager",
-        )
+        hf_config = judge_class(config).config_class(**_values(checkpoint), attn_implementation="eager")
+    except ConfigError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{checkpoint.folder / 'config.json'}: transformers refuses it ({reason})") from None
+    _check_softmax_scale(config, hf_config)
+    return hf_config
+
+
+def _values(checkpoint: Checkpoint) -> dict[str, Any]:
+    config, config_class = checkpoint.config, judge_class(checkpoint.config).config_class
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in _CONVERTED}
+    kinds = ["sparse" if config.has_experts(layer) else "dense" for layer in range(config.num_hidden_layers)]
+    if hasattr(config_class, "mlp_layer_types"):
+        values = {name: value for name, value in values.items() if name not in _DENSE_LAYERS}
+        values["mlp_layer_types"] = kinds
+    scaling = _rope_scaling(checkpoint)
+    if hasattr(config_class, "rope_parameters"):
+        theta = values.pop("rope_theta")
+        values["rope_parameters"] = {"rope_theta": theta, **(scaling or {"rope_type": "default"})}
+    else:
+        values["rope_scaling"] = scaling
+    stop_tokens = list(config.eos_token_id)
+    return values | {
+        "num_key_value_heads": config.num_attention_heads,
+        "num_nextn_predict_layers": 0,
+        "eos_token_id": stop_tokens[0] if len(stop_tokens) == 1 else stop_tokens or None,
+    }
 
 
 def _rope_scaling(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -61,6 +86,17 @@ def _rope_scaling(checkpoint: Checkpoint) -> dict[str, Any] | None:
         return None
     stated = checkpoint.fields.get("rope_parameters") or checkpoint.fields["rope_scaling"]
     return {"rope_type": "yarn"} | {k: v for k, v in asdict(scaling).items() if stated.get(k) is not None}
+
+
+def _check_softmax_scale(config: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """transformers 4 leaves YaRN's factor out of DeepSeek-V2's softmax: there it is no judge."""
+    with torch.device("meta"):
+        scale = judge_class(config, "Attention")(hf_config, 0).scaling
+    if abs(scale / config.softmax_scale - 1) > 1e-6:
+        raise ConfigError(
+            f"transformers {transformers.__version__} scales the softmax of {config.model_type} by {scale:.4f}, its "
+            f"release by {config.softmax_scale:.4f}; install 5.24 or newer"
+        )
 
 
 class Weights:
@@ -104,12 +140,25 @@ def hugging_face_model(model_dir: str | Path) -> PreTrainedModel:
         model, report = judge_class(checkpoint.config).from_pretrained(
             None,
             config=hugging_face_config(checkpoint),
-            state_dict=dequantized_state_dict(checkpoint),
+            state_dict=_fused(dequantized_state_dict(checkpoint), checkpoint.config),
             dtype=torch.float32,
             output_loading_info=True,
         )
     _check_loaded(model, report)
     return model.eval()
+
+
+def _fused(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """transformers 5 has one tensor for the experts of a layer; it makes it itself for some of the classes only."""
+    if not hasattr(judge_class(config).config_class, "rope_parameters"):
+        return state_dict
+    for layer in filter(config.has_experts, range(config.num_hidden_layers)):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        for fused, projections in _FUSED.items():
+            names = [[f"{prefix}{e}.{p}.weight" for p in projections] for e in range(config.n_routed_experts)]
+            experts = [torch.cat([state_dict.pop(name) for name in of_expert]) for of_expert in names]
+            state_dict[prefix + fused] = torch.stack(experts)
+    return state_dict
 
 
 def _check_loaded(model: PreTrainedModel, report: dict[str, Any]) -> None:

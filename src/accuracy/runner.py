@@ -135,12 +135,14 @@ def _hook_layer(layer: nn.Module, put: Any) -> Iterator[Any]:
     yield output(layer.post_attention_layernorm, "post_attention_layernorm")
     if layer.is_moe:
         router = layer.mlp.router
-        yield output(router, "mlp.router.scores", lambda out: out[0].sigmoid() + router.e_score_correction_bias)
+        yield output(router, "mlp.router.scores", lambda out: router.scores_for_choice(out[0]))
         yield output(router, "mlp.router.weights", lambda out: out[1])
         yield output(layer.mlp.expert_mlps, "mlp.experts", first)
         if layer.mlp.shared_experts is not None:
             yield output(layer.mlp.shared_experts, "mlp.shared_experts", first)
     yield output(layer.mlp, "mlp", first)
+    if layer.post_mlp_layernorm is not None:
+        yield output(layer.post_mlp_layernorm, "post_mlp_layernorm")
     yield output(layer, "output", first)
 
 

@@ -32,6 +32,7 @@ POINTS = {
     "mlp.experts": "routed experts",
     "mlp.shared_experts": "shared experts",
     "mlp": "dense MLP, or sum of routed and shared experts",
+    "post_mlp_layernorm": "norm after the experts",
     "output": "residual additions",
     "norm": "final norm",
 }
@@ -80,6 +81,7 @@ def trace_width(config: ModelConfig) -> int:
     head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     attention = heads * head + config.kv_lora_rank + config.qk_rope_head_dim + 3 * hidden  # two norms and o_proj
     routed = 2 * experts + (2 if config.n_shared_experts else 1) * hidden
+    routed += hidden if config.member.norm_after_experts else 0
     sparse = sum(config.has_experts(layer) for layer in range(config.num_hidden_layers))
     return 2 * hidden + config.num_hidden_layers * (attention + 2 * hidden) + sparse * routed
 

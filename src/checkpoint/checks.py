@@ -8,7 +8,7 @@ import torch
 from ..errors import report_problems
 from ..model_config import ModelConfig
 from .fp8 import FP8_DTYPE, SCALE_DTYPES, SCALE_SUFFIX, scale_shape
-from .layout import checkpoint_layout, layer_of, stores_mtp
+from .layout import checkpoint_layout, is_of_vision, layer_of, stores_mtp
 from .problem_lines import problem_lines
 from .quantization import block_problem, foreign_quantization, leftover_scales
 from .source import TensorSource
@@ -53,12 +53,21 @@ def checkpoint_problems(source: TensorSource, config: ModelConfig) -> list[str]:
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:
-    """True for tensors that are left out on purpose: layers beyond num_hidden_layers, saved RoPE tables, a head stored
-    beside tied embeddings."""
+    """True for tensors that are left out on purpose."""
+    return _why_ignored(name, config) is not None
+
+
+def _why_ignored(name: str, config: ModelConfig) -> str | None:
     layer = layer_of(name)
     if layer is not None and layer >= config.num_hidden_layers:
-        return True
-    return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+        return f"layer {layer}: num_hidden_layers is {config.num_hidden_layers}"
+    if is_of_vision(name):
+        return "vision: only the text model runs"
+    if config.member.norm_after_experts and name.endswith("post_mlp_layernorm.weight"):
+        return "norms after dense MLPs, which the model does not use"
+    if config.tie_word_embeddings and name == "lm_head.weight":
+        return "head beside tied embeddings"
+    return "saved RoPE tables" if name.endswith("rotary_emb.inv_freq") else None
 
 
 def ignored_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
@@ -67,15 +76,11 @@ def ignored_tensors(source: TensorSource, config: ModelConfig) -> list[str]:
     mtp_layers = config.mtp_layers if stores_mtp(config, source) else ()
     kinds: Counter[str] = Counter()
     for name in source.names():
-        if weight_of(name) in expected or not is_ignored(name, config):
+        why = _why_ignored(name, config)
+        if why is None or weight_of(name) in expected:
             continue
         layer = layer_of(name)
-        if layer in mtp_layers:
-            kinds[f"MTP layer {layer}, beyond what an MTP layer has"] += 1
-        elif layer is not None and layer >= config.num_hidden_layers:
-            kinds[f"layer {layer}: num_hidden_layers is {config.num_hidden_layers}"] += 1
-        else:
-            kinds["head beside tied embeddings" if name == "lm_head.weight" else "saved RoPE tables"] += 1
+        kinds[f"MTP layer {layer}, beyond what an MTP layer has" if layer in mtp_layers else why] += 1
     return [f"{kind} ({count} tensors)" for kind, count in kinds.items()]
 
 

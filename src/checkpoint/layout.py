@@ -25,6 +25,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
 # Some write the language model as a part of a larger one, some leave `model.` out, as NxDI does.
 _PREFIXES = ("language_model.", "model.language_model.")
+_VISION = ("model.vision_tower.", "model.mm_projector.")
 
 
 def canonical_name(name: str) -> str:
@@ -32,6 +33,11 @@ def canonical_name(name: str) -> str:
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     return name if name.startswith(("model.", "lm_head.")) else "model." + name
+
+
+def is_of_vision(name: str) -> bool:
+    """Whether a tensor belongs to the part of a larger model that sees images."""
+    return name.startswith(_VISION)
 
 
 def layer_of(name: str) -> int | None:
@@ -200,7 +206,8 @@ def model_layout(config: ModelConfig) -> Iterator[TensorSpec]:
 def layer_layout(config: ModelConfig, layer: int) -> Iterator[TensorSpec]:
     """The weights of one decoder layer."""
     neuron, hf = f"layers.{layer}.", f"model.layers.{layer}."
-    for norm in ("input_layernorm", "post_attention_layernorm"):
+    after = ("post_mlp_layernorm",) if config.has_norm_after_mlp(layer) else ()
+    for norm in ("input_layernorm", "post_attention_layernorm", *after):
         yield _spec(f"{neuron}{norm}.weight", f"{hf}{norm}.weight", (config.hidden_size,))
     yield from _attention(config, neuron + "self_attn.", hf + "self_attn.")
     mlp = _moe if config.has_experts(layer) else _dense_mlp

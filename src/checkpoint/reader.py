@@ -13,6 +13,7 @@ import torch
 from ..dtypes import BY_SAFETENSORS
 from ..errors import CheckpointError
 from .files import pread_into
+from .fused_experts import parts_of
 from .header import TensorEntry, read_header
 from .layout import canonical_name
 from .problem_lines import problem_lines
@@ -37,6 +38,7 @@ class CheckpointReader:
         self.files: list[str] = []
         self._headers: dict[str, str] = {}  # sound file -> digest of its header
         self._stored_names: dict[str, str] = {}
+        self._parts: dict[str, list[str]] = {}  # stored name -> names in the layout, where these are several
         self._told: set[str] = set()
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -164,18 +166,24 @@ class CheckpointReader:
             self._headers[file] = header.digest
         found = []
         for stored, entry in header.entries.items():
-            name = canonical_name(stored)
-            if name in self.entries:
-                found.append((f"{path}: {stored}", f"is also in {self.entries[name].file}; remove one of the two"))
+            parts = dict(parts_of(canonical_name(stored), entry))
+            twice = next((name for name in parts if name in self.entries), None)
+            if twice:
+                found.append((f"{path}: {stored}", f"is also in {self.entries[twice].file}; remove one of the two"))
                 continue
-            self.entries[name] = entry
-            if stored != name:
-                self._stored_names[name] = stored
+            self.entries.update(parts)
+            self._stored_names.update((name, stored) for name in parts if name != stored)
+            if len(parts) > 1:
+                self._parts[stored] = list(parts)
         self.problems += problem_lines(found)
         return bool(header.entries) or not header.problems
 
     def _check_index(self, index: ShardIndex, unreadable: set[str]) -> None:
-        weight_map = {canonical_name(name): file for name, file in index.weight_map.items()}
+        weight_map = {
+            name: file
+            for stored, file in index.weight_map.items()
+            for name in self._parts.get(stored, [canonical_name(stored)])
+        }
         self._told = {name for name, file in weight_map.items() if file in unreadable}
         found = []
         for name, file in weight_map.items():

@@ -12,7 +12,7 @@ from ..model_config import ModelConfig
 from .checks import ignored_tensors
 from .decoder import UnitDecoder
 from .folder import Checkpoint
-from .layout import Source, checkpoint_layout, layer_of, stores_mtp
+from .layout import Source, checkpoint_layout, is_of_vision, layer_of, stores_mtp
 from .parallel import run_threads, thread_count
 from .reader import CheckpointReader
 from .stored import PACKED_SUFFIX, WEIGHTS_IN_WORD, scale_of, stored_weight, weight_block_size, weight_of
@@ -31,14 +31,15 @@ _PARTS = {
 }
 
 
-_MTP, _IGNORED = "MTP layers", "ignored layers"
+_MTP, _IGNORED, _VISION = "MTP layers", "ignored layers", "vision"
 _SCALE_KINDS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "E8M0", "F8_E8M0": "E8M0"}
 
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """parameters: without scales, MTP layers and ignored layers; active: those that one token uses. bytes_by_dtype and
-    bytes_by_part count everything. problems: as shard would report. ignored: what belongs to no part, a line a kind."""
+    """parameters: without scales, MTP layers, ignored layers and vision; active: those that one token uses.
+    bytes_by_dtype and bytes_by_part count everything. problems: as shard would report. ignored: what belongs to no
+    part, a line a kind."""
 
     files: int
     tensors: int
@@ -75,7 +76,7 @@ def summarize(checkpoint: Checkpoint, full: bool = False) -> CheckpointSummary:
             parameters[part] += prod(entry.shape)
         elif name.endswith(PACKED_SUFFIX):
             parameters[part] += prod(entry.shape) * WEIGHTS_IN_WORD
-    mtp, _ = parameters.pop(_MTP, 0), parameters.pop(_IGNORED, 0)
+    mtp, _, _ = (parameters.pop(part, 0) for part in (_MTP, _IGNORED, _VISION))
     total = sum(parameters.values())
     idle = parameters["routed experts"] * (1 - config.num_experts_per_tok / config.n_routed_experts)
     moe = sum(map(config.has_experts, range(config.num_hidden_layers)))
@@ -121,6 +122,8 @@ def damaged_weights(checkpoint: Checkpoint) -> list[str]:
 def part_of(name: str, config: ModelConfig, has_mtp: bool) -> str:
     """Which part of the model a Hugging Face tensor belongs to."""
     layer = layer_of(name)
+    if is_of_vision(name):
+        return _VISION
     if layer is not None and layer >= config.num_hidden_layers:
         return _MTP if has_mtp and layer in config.mtp_layers else _IGNORED
     return next((part for pattern, part in _PARTS.items() if pattern in name), "other")

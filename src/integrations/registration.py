@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from types import ModuleType
 
 from ..errors import ConfigError
-from ..family import ARCHITECTURES, FAMILY
+from ..family import ARCHITECTURES, MODEL_TYPES
 from .post_import import when_imported
 from .warn import warning_instead_of_error
 
@@ -24,7 +24,7 @@ def register() -> None:
 
 def add_by_model_type(module: ModuleType) -> None:
     """For `inference_demo --model-type`, which takes the model_type of config.json."""
-    _add_model(module, FAMILY)
+    _add_model(module, MODEL_TYPES)
 
 
 def add_by_architecture(module: ModuleType) -> None:

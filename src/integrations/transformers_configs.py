@@ -3,23 +3,39 @@
 They are attributes of this module, by which a config is pickled for another process: vLLM starts several.
 """
 
+from typing import Any
+
 import transformers
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..family import FAMILY, Member
+from ..family import FAMILY, WRAPPERS, Member, text_fields
 
 _MODEL = "ForCausalLM"
 
 
 def _make_class(member: Member) -> type[transformers.PretrainedConfig]:
-    """That of the judge, under the member's own name and model_type."""
-    base = getattr(transformers, member.judge.removesuffix(_MODEL) + "Config")
+    """That of the judge, under the member's own name and model_type; one without defaults where there is no judge."""
+    base = getattr(transformers, member.judge.removesuffix(_MODEL) + "Config", transformers.PretrainedConfig)
     name = member.architectures[0].removesuffix(_MODEL) + "Config"
     return type(name, (base,), {"model_type": member.model_type, "__module__": __name__})
 
 
+def _make_wrapper(model_type: str, architecture: str) -> type[transformers.PretrainedConfig]:
+    """A config that has the text model's fields as its own."""
+
+    def __init__(self: Any, **fields: Any) -> None:
+        text = text_fields({"model_type": model_type, **fields}) if fields.get("text_config") else fields
+        named = {name: value for name, value in text.items() if name not in ("model_type", "architectures")}
+        transformers.PretrainedConfig.__init__(self, architectures=[architecture], **named)
+
+    name = architecture.partition("For")[0] + "Config"
+    attributes = {"model_type": model_type, "__module__": __name__, "__init__": __init__}
+    return type(name, (transformers.PretrainedConfig,), attributes)
+
+
 _made = {name: _make_class(member) for name, member in FAMILY.items()}
+_made |= {name: _make_wrapper(name, architectures[0]) for name, architectures in WRAPPERS.items()}
 _missing = {name: made for name, made in _made.items() if not hasattr(transformers, made.__name__)}
 globals().update((made.__name__, made) for made in _missing.values())
 

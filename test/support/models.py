@@ -51,6 +51,10 @@ CONFIGS = {
     "rms_norm_eps 1e-5": V3 | {"rms_norm_eps": 1e-5},
     "attention_bias": V3 | {"attention_bias": True},
     "tied embeddings": V3 | {"tie_word_embeddings": True},
+    # With YaRN, transformers 4 is no judge: see members.py.
+    "softmax scores, no YaRN (DeepSeek-V2)": V3
+    | {"model_type": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": False, "n_shared_experts": 2}
+    | {"topk_method": "group_limited_greedy", "rope_scaling": None, "routed_scaling_factor": 4.0},
 }
 
 

@@ -47,7 +47,7 @@ REFUSED = {
     "a size beyond all": ({"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000"),
     "missing fields": ({"hidden_size": None, "kv_lora_rank": None}, "missing hidden_size, kv_lora_rank"),
     "another family": ({"model_type": "llama"}, "model_type 'llama'"),
-    "a nested config": ({"model_type": "kimi_k25", "text_config": {}, "hidden_size": None}, "model_type 'kimi_k25'"),
+    "a nested config": ({"model_type": "kimi_k25", "text_config": {}}, "missing vocab_size, hidden_size"),
     "a nested config of a known type": (
         {"text_config": {}, "hidden_size": None},
         "missing hidden_size; its text_config is",
