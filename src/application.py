@@ -1,6 +1,7 @@
 """The causal LM that NxDI compiles, loads and runs: weights, requests, cache slots, compiler options."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from . import backend
 from .checkpoint.convert import state_dict_of
 from .checkpoint.folder import Checkpoint
 from .checkpoint.source import StateDictSource, TensorSource
+from .compiler_options import check_prompts, compiler_options
 from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name
 from .errors import ConfigError
@@ -20,6 +22,8 @@ from .requests import RequestChecks, take_rows
 from .third_party import started_by_torchrun, told
 
 __all__ = ["NeuronDeepseekV3ForCausalLM"]
+
+_logger = logging.getLogger("Neuron")  # NxDI's, which is shown while it compiles
 
 
 class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
@@ -82,8 +86,13 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         return output
 
     def compile(self, compiled_model_path: str, *args: Any, **kwargs: Any) -> None:
-        """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later."""
+        """As NxDI's. On the CPU there is nothing to compile: it saves the config, from which `load` can start later.
+
+        Logs the instructions of each prompt graph's expert kernels. Raises ConfigError for prompts that they rule out.
+        """
         if self._runs_on_neuron():
+            for line in check_prompts(self.config):
+                _logger.info(line)
             super().compile(compiled_model_path, *args, **kwargs)
         else:
             self.config.save(compiled_model_path)
@@ -180,22 +189,8 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """Nothing to do: the layout gives a tied head the embedding's weight."""
 
     def get_compiler_args(self) -> str:
-        """neuronx-cc options: a transformer for trn2, numbers left in the dtype that the model gives them."""
-        neuron_config = self.neuron_config
-        options = [
-            "--model-type=transformer",
-            "-O1",
-            "--auto-cast=none",
-            "--enable-saturate-infinity",
-            "--enable-mixed-precision-accumulation",
-            f"--lnc={neuron_config.logical_nc_config}",
-            f"--tensorizer-options='--enable-ccop-compute-overlap "
-            f"--cc-pipeline-tiling-factor={neuron_config.cc_pipeline_tiling_factor}'",
-            "--internal-enable-dge-levels vector_dynamic_offsets",
-        ]
-        if neuron_config.scratchpad_page_size:
-            options.append(f"--hbm-scratchpad-page-size={neuron_config.scratchpad_page_size}")
-        return " ".join(options)
+        """neuronx-cc options, see compiler_options."""
+        return compiler_options(self.config)
 
 
 def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig, rank: int | None = None) -> dict[str, Tensor]:

@@ -66,6 +66,7 @@ NeuronBaseModel = _names.NeuronBaseModel
 ParallelEmbedding = _names.ParallelEmbedding
 RowParallelLinear = _names.RowParallelLinear
 build_moe = _names.build_moe
+gather_columns = _names.gather_columns
 gather_sequence = _names.gather_sequence
 rmsnorm_cls = _names.rmsnorm_cls
 

@@ -73,6 +73,12 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
             super().__init__(**kwargs)
 
 
+def prompt_lengths(neuron_config: Any) -> list[int]:
+    """The padded lengths that prompts have: a graph each."""
+    buckets = neuron_config.context_encoding_buckets if neuron_config.enable_bucketing else None
+    return list(buckets or [neuron_config.max_context_length])
+
+
 def _from_saved(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Turns what NxDI saved in neuron_config.json back into constructor arguments."""
     kwargs = {name: restore_enums(value) for name, value in kwargs.items()}
@@ -138,6 +144,7 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
             raise ConfigError("neuron_config: output_logits needs on_device_sampling_config; logits come without it")
         if neuron_config.sequence_parallel_enabled:
             self._validate_sequence_parallel()
+        self._validate_prompts()
         if neuron_config.enable_bucketing:
             self._validate_buckets("context_encoding_buckets", "max_context_length")
             self._validate_buckets("token_generation_buckets", "max_length")
@@ -148,12 +155,23 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
         if neuron_config.ctx_batch_size != 1:
             # NxD's MoE joins the router's choices rank by rank; only with one prompt is that the order of the tokens.
             raise ConfigError("neuron_config: sequence_parallel_enabled needs ctx_batch_size 1")
-        lengths = neuron_config.context_encoding_buckets if neuron_config.enable_bucketing else None
-        for length in lengths or [neuron_config.max_context_length]:
+        for length in prompt_lengths(neuron_config):
             if length % tp or length < 2 * tp:
                 raise ConfigError(
                     f"neuron_config: sequence_parallel_enabled needs prompts of a multiple of tp_degree {tp} and at "
                     f"least {2 * tp} tokens, not {length}; change max_context_length or context_encoding_buckets"
+                )
+
+    def _validate_prompts(self) -> None:
+        """NxD's blockwise experts share out the tokens of a prompt; few tokens it gives to its other forms."""
+        neuron_config, model = self.neuron_config, self.model
+        tp, batch = neuron_config.tp_degree, neuron_config.ctx_batch_size
+        for length in prompt_lengths(neuron_config):
+            tokens = batch * length
+            if tokens % tp and tokens * model.num_experts_per_tok >= model.n_routed_experts:
+                raise ConfigError(
+                    f"neuron_config: {batch} prompts of {length} are {tokens} tokens, which tp_degree {tp} does not "
+                    "divide; change seq_len, max_context_length, context_encoding_buckets or ctx_batch_size"
                 )
 
     def _validate_buckets(self, field: str, longest_field: str) -> None:

@@ -95,7 +95,7 @@ class DeepseekV3Attention(nn.Module):
         column = {"bias": False, "gather_output": False, "dtype": dtype}
         norm = backend.rmsnorm_cls()
         self.qkv_a_proj = backend.ColumnParallelLinear(
-            model.hidden_size, model.latent_size, bias=model.attention_bias, gather_output=True, dtype=dtype
+            model.hidden_size, model.latent_size, bias=model.attention_bias, gather_output=False, dtype=dtype
         )
         q_size = heads * (self.nope_dim + self.rope_dim)
         if self.q_lora_rank is None:
@@ -145,12 +145,19 @@ class DeepseekV3Attention(nn.Module):
         """q_nope [B, N, S, D], q_pe [B, N, S, P], k_pe [B, 1, S, P], latent [B, 1, S, R]; q_pe and k_pe rotated."""
         q_rank = self.q_lora_rank or 0
         ends = (q_rank, q_rank + self.kv_lora_rank)
-        q_latent, latent, k_pe = self.qkv_a_proj(hidden_states).tensor_split(ends, -1)
+        q_latent, latent, k_pe = self._gathered(self.qkv_a_proj(hidden_states)).tensor_split(ends, -1)
         q = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(q_latent))
         q_BNSd = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         q_nope, q_pe = q_BNSd.tensor_split((self.nope_dim,), -1)
         latent = self.kv_a_layernorm(latent).unsqueeze(1)
         return q_nope, rotate_interleaved(q_pe, cos, sin), rotate_interleaved(k_pe.unsqueeze(1), cos, sin), latent
+
+    @staticmethod
+    def _gathered(part: Tensor) -> Tensor:
+        """All ranks' columns, from this rank's. Neuron's collectives want a multiple of 4 bytes from each rank, which
+        33 BF16 values (a token of the released model at TP 64) are not: those travel as float32."""
+        padded = part.to(torch.float32) if part.numel() * part.element_size() % 4 else part
+        return backend.gather_columns(padded).to(part.dtype)
 
     def _prefill(self, q_nope: Tensor, q_pe: Tensor, k_pe: Tensor, latent: Tensor) -> Tensor:
         kv_BNSd = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

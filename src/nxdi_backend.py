@@ -8,6 +8,7 @@ from neuronx_distributed.modules.moe.expert_mlps_v2 import ExpertMLPsV2
 from neuronx_distributed.parallel_layers.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from neuronx_distributed.parallel_layers.mappings import (
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     scatter_to_process_group_spmd,
 )
 from neuronx_distributed.utils import cpu_mode
@@ -25,6 +26,11 @@ from .nxdi_generation import NxDIGenerationAdapter as HuggingFaceGenerationAdapt
 def rmsnorm_cls() -> type[nn.Module]:
     """NxDI's norm is a Neuron custom call, which its CPU mode cannot run."""
     return RMSNorm if cpu_mode() else CustomRMSNorm
+
+
+def gather_columns(x: Tensor) -> Tensor:
+    """The ranks' parts of the last axis, side by side."""
+    return gather_from_tensor_model_parallel_region(x)
 
 
 def gather_sequence(x: Tensor) -> Tensor:

@@ -282,8 +282,9 @@ def _attention(config: ModelConfig, neuron: str, hf: str) -> Iterator[TensorSpec
     yield _spec(neuron + "kv_b_proj.weight", hf + "kv_b_proj.weight", (N * (D + V), R), partition_dim=0)
     yield _spec(neuron + "o_proj.weight", hf + "o_proj.weight", (H, N * V), partition_dim=1)
     if config.attention_bias:
-        # Added after the outputs of all ranks are together, so every rank holds it whole.
-        yield TensorSpec(neuron + "qkv_a_proj.bias", tuple(Source(f"{hf}{name}.bias", (rows,)) for name, rows in down))
+        biases = tuple(Source(f"{hf}{name}.bias", (rows,)) for name, rows in down)
+        yield TensorSpec(neuron + "qkv_a_proj.bias", biases, partition_dim=0)
+        # Added after the outputs of all ranks are summed, so every rank holds it whole.
         yield _spec(neuron + "o_proj.bias", hf + "o_proj.bias", (H,))
 
 

@@ -75,8 +75,7 @@ def load_model(
     needed = max(map(len, prompts)) + max_new_tokens
     if seq_len is not None and needed > seq_len:
         raise ConfigError(f"the longest prompt and --max-new-tokens need {needed} positions, --seq-len is {seq_len}")
-    if process.is_prepared():  # the device's experts share out the tokens of a prompt among the ranks
-        needed = -(-needed // tp_degree) * tp_degree
+    needed = -(-needed // tp_degree) * tp_degree  # the experts share out the tokens of a prompt among the ranks
     neuron_config = DeepseekV3NeuronConfig(
         batch_size=len(prompts), seq_len=seq_len or needed, torch_dtype=getattr(torch, dtype), tp_degree=tp_degree
     )

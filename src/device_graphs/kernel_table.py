@@ -32,16 +32,22 @@ KERNELS = (
     Kernel(RMS_NORM, (f"{_OPS}:RmsNorm",), executable.rms_norm, neuron_ops.rms_norm),
     Kernel(
         BLOCKWISE_MATMUL,
-        (f"{_BLOCKWISE}:_call_bwmm_shard_on_block_kernel", f"{_BLOCKWISE}:_call_shard_on_intermediate_kernel"),
+        (f"{_BLOCKWISE}:_call_bwmm_shard_on_block_kernel",),
         executable.blockwise_matmul,
         neuron_ops.blockwise_matmul,
+    ),
+    Kernel(
+        BLOCKWISE_MATMUL,
+        (f"{_BLOCKWISE}:_call_shard_on_intermediate_kernel",),
+        executable.blockwise_matmul,
+        lambda args: neuron_ops.blockwise_matmul(args, "intermediate"),
     ),
     # Not in NxD's release, but other packages were written for one that has it.
     Kernel(
         f"{BLOCKWISE_MATMUL}, sharded by hidden",
         (f"{_BLOCKWISE}:_call_shard_hidden_kernel",),
         lambda args: (executable.blockwise_matmul(args), None, None),
-        lambda args: (neuron_ops.blockwise_matmul(args), None, None),
+        lambda args: (neuron_ops.blockwise_matmul(args, "hidden"), None, None),
     ),
     Kernel("DynamicUpdateSlice", (f"{_HLO_FUNCTION}:fill_prefix.<locals>.xla_fill_prefix",), executable.fill_prefix),
     Kernel("Rng", (f"{_HLO_FUNCTION}:rand_like",), executable.rand_like),

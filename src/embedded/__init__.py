@@ -10,4 +10,5 @@ from .modules import KVCacheManager, rmsnorm_cls
 from .moe import build_moe
 from .neuron_config import InferenceConfig, MoENeuronConfig
 from .parallel_layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
+from .parallel_state import all_gather as gather_columns
 from .parallel_state import gather_sequence

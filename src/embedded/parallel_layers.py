@@ -21,7 +21,8 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.gather_output = gather_output
         self.weight = nn.Parameter(torch.empty(output_size // tensor_parallel_size(), input_size, dtype=dtype), False)
-        self.bias = nn.Parameter(torch.empty(output_size, dtype=dtype), False) if bias else None
+        bias_size = output_size if gather_output else output_size // tensor_parallel_size()
+        self.bias = nn.Parameter(torch.empty(bias_size, dtype=dtype), False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)

@@ -9,13 +9,14 @@ fused bytes   what moves when an elementwise operation with one reader is fused 
 payload       of a collective: the larger of what it takes and what it gives.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import GraphCostError
+from ..expert_kernel import CORES, ExpertKernelCost
+from .dots import Dot
 from .hlo import Graph, Instruction, Shape
 from .kernels import kernel_flops, target
 
@@ -43,7 +44,9 @@ class Collective:
 class GraphCost:
     """Per rank and call of the graph. FLOPs count a multiplication and an addition as two."""
 
-    dot_flops: dict[str, int]  # by element type of the operands
+    dot_flops: dict[str, int]  # by element type of the operands, as the next two
+    dot_padded_flops: dict[str, int]  # with the part of the matrix unit's array that stays empty
+    dot_cycles: dict[str, int]  # of one such array
     kernel_flops: dict[str, int]  # by custom-call target, those without matrix work included
     min_bytes: int
     fused_bytes: int
@@ -57,10 +60,25 @@ class GraphCost:
     parameters_unread: dict[str, int] = field(default_factory=dict)  # bytes of each weight that the graph does not use
     kv_bytes_per_token: int = 0
     flop_counter: int = 0  # torch's count of the dot FLOPs, on meta tensors
+    expert_kernel: ExpertKernelCost | None = None  # all calls together
+    expert_kernel_weight_bytes: int = 0  # which min_bytes has once
+    kernel_calls: dict[str, int] = field(default_factory=dict)  # of Neuron kernels, those made of XLA's operations too
 
     @property
     def flops(self) -> int:
         return sum(self.dot_flops.values()) + sum(self.kernel_flops.values())
+
+    @property
+    def dot_cycles_per_core(self) -> float:
+        """With the dots shared evenly by the two cores of a rank."""
+        return sum(self.dot_cycles.values()) / CORES
+
+    @property
+    def memory_bytes(self) -> int:
+        """min_bytes with what the expert kernel moves in the place of its weights, read once."""
+        kernel = self.expert_kernel
+        moved = kernel.read_bytes + kernel.written_bytes - self.expert_kernel_weight_bytes if kernel else 0
+        return self.min_bytes + moved
 
     @property
     def collective_count(self) -> int:
@@ -71,7 +89,9 @@ class GraphCost:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "GraphCost":
-        return cls(**fields | {"collectives": [Collective(**item) for item in fields["collectives"]]})
+        kernel = fields.get("expert_kernel")
+        nested = {"collectives": [Collective(**item) for item in fields["collectives"]]}
+        return cls(**fields | nested | {"expert_kernel": kernel and ExpertKernelCost(**kernel)})
 
 
 def count(graph: Graph) -> GraphCost:
@@ -81,10 +101,13 @@ def count(graph: Graph) -> GraphCost:
             raise GraphCostError(f"HLO {instruction.opcode} {instruction.name} cannot be counted; write it out")
         if any(shape.dynamic for shape in instruction.shapes):
             raise GraphCostError(f"HLO {instruction.name} has a dynamic shape, which Neuron cannot compile")
+    dots = [Dot.of(instruction) for instruction in _of(graph, "dot")]
     intermediates = (shape for value in _intermediates(graph) for shape in value.shapes)
     largest = max(intermediates, key=lambda shape: shape.bytes, default=None)
     return GraphCost(
-        dot_flops=_dot_flops(graph),
+        dot_flops=_by_dtype(dots, "flops"),
+        dot_padded_flops=_by_dtype(dots, "padded_flops"),
+        dot_cycles=_by_dtype(dots, "cycles"),
         kernel_flops=_kernel_flops(graph),
         min_bytes=sum(map(bytes_read, graph.parameters.values())) + _bytes_written(graph),
         fused_bytes=_fused_bytes(graph),
@@ -95,13 +118,11 @@ def count(graph: Graph) -> GraphCost:
     )
 
 
-def _dot_flops(graph: Graph) -> dict[str, int]:
-    flops: Counter[str] = Counter()
-    for dot in _of(graph, "dot"):
-        left = dot.operands[0].shapes[0]
-        axes = dot.fields["dotDimensionNumbers"].get("lhsContractingDimensions", [])
-        flops[left.dtype] += 2 * dot.shapes[0].elements * math.prod(left.dims[int(axis)] for axis in axes)
-    return dict(flops)
+def _by_dtype(dots: list[Dot], figure: str) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for dot in dots:
+        total[dot.dtype] += getattr(dot, figure)
+    return dict(total)
 
 
 def _kernel_flops(graph: Graph) -> dict[str, int]:

@@ -24,6 +24,7 @@ from ..errors import DeepseekError, GraphCostError
 from . import neuron_ops
 from .count import GraphCost, bytes_read, count
 from .hlo import Graph
+from .kernels import expert_kernels
 from .request import Request
 
 
@@ -31,14 +32,18 @@ def lower(request: Request) -> GraphCost:
     """Builds, traces and counts the graph of a request."""
     from neuronx_distributed.trace.mock_torchdist import mock_distributed
 
+    from ..device_graphs import kernel_table
     from .rank_model import Part
 
     with mock_distributed(request.tp_degree), torch.no_grad():
         part = Part(request)
         flop_counter = _flops_on_meta(part)
         weights = _to_placeholders(part)
+        kernel_table.calls.clear()
         hlo, numbers = _trace(part, weights)
+        calls = dict(kernel_table.calls)
     graph = Graph.from_json(hlo)
+    expert_kernel, expert_weight_bytes = expert_kernels(graph, request.model.num_experts_per_tok)
     read = {name: bytes_read(graph.parameters[number]) for name, number in numbers.items()}
     return replace(
         count(graph),
@@ -47,6 +52,9 @@ def lower(request: Request) -> GraphCost:
         parameters_unread={name: weight.nbytes for name, weight in weights.items() if name not in read},
         kv_bytes_per_token=part.kv_bytes_per_token,
         flop_counter=flop_counter,
+        expert_kernel=expert_kernel,
+        expert_kernel_weight_bytes=expert_weight_bytes,
+        kernel_calls=calls,
     )
 
 

@@ -22,7 +22,7 @@ def replace_collectives() -> None:
         setattr(xm, name, _dispatch(on_meta, getattr(xm, name)))
 
 
-def custom_call(target: str, inputs: Sequence[Tensor], like: Tensor, config: dict[str, int] | None = None) -> Tensor:
+def custom_call(target: str, inputs: Sequence[Tensor], like: Tensor, config: dict[str, Any] | None = None) -> Tensor:
     """An opaque operation on `inputs` whose result has the shape and dtype of `like`."""
     if like.is_meta:
         return torch.empty_like(like)
@@ -36,13 +36,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dim: int) -> Tensor:
     return custom_call(RMS_NORM, (x, weight), like=x)
 
 
-def blockwise_matmul(args: Any) -> Tensor:
-    """args: NxD's BlockwiseMatmulArgs. The kernel adds to `output` what every block's expert computes."""
+def blockwise_matmul(args: Any, sharded_by: str = "block") -> Tensor:
+    """args: NxD's BlockwiseMatmulArgs. The kernel adds to `output` what every block's expert computes.
+
+    sharded_by: what its two cores share out: blocks, intermediate or hidden.
+    """
     inputs = (args.hidden_states, args.expert_affinities_masked, args.gate_up_proj_weight, args.down_proj_weight)
     mapping = (args.token_position_to_id, args.block_to_expert)
     _, intermediate, hidden = args.down_proj_weight.shape
+    skip_token, skip_weight = args.skip_dma
     sizes = {"blocks": len(args.block_to_expert), "block_size": args.block_size}
-    sizes |= {"hidden": hidden, "intermediate": intermediate}
+    sizes |= {"hidden": hidden, "intermediate": intermediate, "sharded_by": sharded_by}
+    # Without skip_token, NxD adds a row of zeros for the rows of blocks that hold no token.
+    sizes |= {"tokens": len(args.hidden_states) - (not skip_token)}
+    sizes |= {"skip_token": bool(skip_token), "skip_weight": bool(skip_weight)}
     return custom_call(BLOCKWISE_MATMUL, (*inputs, *mapping), like=args.output, config=sizes)
 
 

@@ -1,6 +1,7 @@
 """Counts turned into a bound on time: what one logical NeuronCore of trn2 needs at the least, were it always busy.
 
-bound = max(matrix FLOPs / peak, min bytes / memory bandwidth) + collectives, each of them its latency and its transfer.
+bound = max(matrix FLOPs / peak, bytes / memory bandwidth) + collectives, each of them its latency and its transfer.
+bytes: the min bytes, with what the expert kernel moves in the place of its weights read once.
 Nothing here was measured by us. It is for choosing between graphs, and no prediction.
 """
 
@@ -46,7 +47,7 @@ def bound(cost: GraphCost, machine: Machine) -> Bound:
     compute = sum(flops / _peak(dtype, machine) for dtype, flops in cost.dot_flops.items())
     compute += sum(cost.kernel_flops.values()) / machine.bf16_flops
     collectives = sum(item.count * _collective_seconds(item, machine) for item in cost.collectives)
-    return Bound(compute, cost.min_bytes / machine.hbm_bytes, collectives)
+    return Bound(compute, cost.memory_bytes / machine.hbm_bytes, collectives)
 
 
 def _peak(dtype: str, machine: Machine) -> float:

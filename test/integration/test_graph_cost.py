@@ -128,6 +128,21 @@ def test_the_router_takes_a_tenth_of_a_layers_matrix_cycles_at_most(cost):
     assert 4 * counted.dot_flops["F32"] <= 0.1 * (4 * counted.dot_flops["F32"] + counted.dot_flops["BF16"])
 
 
+@pytest.mark.parametrize(
+    ("graph", "payload"),
+    [
+        (("attention", "decode", 512, 1), "f32[2112,1,1]"),
+        (("attention", "decode", 4096, 8), "bf16[2112,1,8]"),
+        (("attention", "prefill", 512, 1), "bf16[2112,512,1]"),
+    ],
+)
+def test_each_rank_gathers_a_multiple_of_four_bytes(cost, graph, payload):
+    """33 latents per token and rank: 66 bytes in BF16 where there is one token."""
+    (gather,) = [item for item in cost(*graph).collectives if item.kind == "all-gather"]
+    assert gather.payload == payload
+    assert gather.payload_bytes % (4 * TP) == 0
+
+
 def test_attention_reads_each_weight_and_the_cache_once(cost):
     length, batch = 4096, 8
     counted = cost("attention", "decode", length, batch)

@@ -3,17 +3,21 @@
 import base64
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import GraphCostError
 from nxdi_deepseek.example_configs import RELEASED_CONFIG
-from nxdi_deepseek.graph_cost.count import Collective, bytes_read, count
+from nxdi_deepseek.expert_kernel import expert_blocks, expert_kernel_cost
+from nxdi_deepseek.graph_cost.count import Collective, GraphCost, bytes_read, count
 from nxdi_deepseek.graph_cost.hlo import Graph, Shape
+from nxdi_deepseek.graph_cost.kernels import expert_kernels
 from nxdi_deepseek.graph_cost.lowerer import Lowerer
 from nxdi_deepseek.graph_cost.request import Request
 from nxdi_deepseek.graph_cost.table import format_comparison, format_costs
 from nxdi_deepseek.graph_cost.time_model import Machine, bound
+from nxdi_deepseek.model_config import read_model_config
 
 
 class Hlo:
@@ -63,6 +67,25 @@ def test_dots_are_counted_by_the_type_of_their_operands():
     half, single = hlo.parameter(0, "BF16", 2, 2), hlo.parameter(1, "F32", 2, 2)
     hlo.tuple(hlo.dot("F32", (2, 2), half, half, 1), hlo.dot("F32", (2, 2), single, single, 1))
     assert count(hlo.graph()).dot_flops == {"BF16": 16, "F32": 16}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "depth", "columns", "streamed", "passes"),
+    [
+        ("BF16", 512, 256, 256, 512 * 2 * 2, 1),
+        ("F32", 512, 256, 256, 512 * 2 * 2, 4),
+        ("BF16", 2, 300, 33, 2 * 3, 1),  # the operand of 33 columns stays in the array
+        ("BF16", 33, 300, 2, 2 * 3, 1),
+        ("F64", 128, 128, 1, 1, 4),
+    ],
+)
+def test_what_a_dot_takes_of_the_array(dtype, rows, depth, columns, streamed, passes):
+    hlo = Hlo()
+    hlo.dot(dtype, (rows, columns), hlo.parameter(0, dtype, rows, depth), hlo.parameter(1, dtype, depth, columns), 1)
+    cost = count(hlo.graph())
+    assert cost.dot_padded_flops == {dtype: 2 * 128 * 128 * streamed}
+    assert cost.dot_cycles == {dtype: passes * streamed}
+    assert cost.dot_cycles_per_core == passes * streamed / 2
 
 
 def test_rows_of_a_gather_are_read_and_not_the_table():
@@ -148,6 +171,50 @@ def test_kernel_flops_follow_the_formula():
     assert cost.flops == 185321127936
 
 
+def expert_layer(tokens, sharded_by="block", **skip):
+    """The released model's expert kernel at TP 64."""
+    hlo = Hlo()
+    shapes = ([tokens + 1, 7168], [(tokens + 1) * 256, 1], [256, 7168, 2, 32], [256, 32, 7168])
+    operands = [hlo.parameter(number, "BF16", *dims) for number, dims in enumerate(shapes)]
+    blocks = expert_blocks(tokens, 256, 8, 128)
+    sizes = {"blocks": blocks, "block_size": 128, "hidden": 7168, "intermediate": 32, "tokens": tokens}
+    sizes |= {"skip_token": False, "skip_weight": False, "sharded_by": sharded_by} | skip
+    config = base64.b64encode(json.dumps(sizes).encode()).decode()
+    call = {"customCallTarget": "BlockwiseMatmul", "backendConfig": config}
+    hlo.add("custom-call", "BF16", (tokens + 1, 7168), *operands, **call)
+    return hlo.graph()
+
+
+@pytest.mark.parametrize("skip", [{}, {"skip_token": True, "skip_weight": True}], ids=["all", "skip"])
+def test_the_expert_kernel_of_a_graph_is_that_of_the_config(skip):
+    kernel, weights = expert_kernels(expert_layer(512, **skip), top_k=8)
+    assert kernel == expert_kernel_cost(read_model_config(RELEASED_CONFIG), 512, 64, **skip)
+    assert weights == 256 * 3 * 7168 * 32 * 2
+    assert expert_kernels(expert_layer(512, "hidden", **skip), 8)[0] == replace(kernel, instructions=None)
+
+
+def test_a_graph_without_expert_kernel_has_none():
+    hlo = Hlo()
+    hlo.parameter(0, "BF16", 8)
+    assert expert_kernels(hlo.graph(), 8) == (None, 0)
+
+
+def test_the_bound_has_what_the_expert_kernel_moves():
+    """2,008 MB at 725 GB/s, where the weights read once take 0.49 ms."""
+    graph = expert_layer(512)
+    kernel, weights = expert_kernels(graph, 8)
+    cost = replace(count(graph), expert_kernel=kernel, expert_kernel_weight_bytes=weights)
+    tokens, affinities = 2 * 513 * 7168 * 2, 513 * 256 * 2
+    moved = kernel.read_bytes + kernel.written_bytes
+    assert cost.min_bytes == weights + tokens + affinities
+    assert bound(cost, Machine()).memory == (moved + tokens + affinities) / Machine().hbm_bytes
+    assert bound(cost, Machine()).memory == pytest.approx(2.77e-3, rel=0.01)
+    assert GraphCost.from_dict(json.loads(json.dumps(cost.to_dict()))) == cost
+    request = Request.parse("moe,prefill,512,1")
+    line = format_costs([request], [cost], Machine()).splitlines()[2]
+    assert "expert kernel: 50.4 of 202 GFLOP (25% of the array), 4.1 Mcycles and 51,129 instructions per core" in line
+
+
 def test_dynamic_shapes_are_an_error():
     hlo = Hlo()
     hlo.add("negate", "F32", (8,), hlo.parameter(0, "F32", 8))
@@ -198,7 +265,9 @@ def test_table_and_comparison():
     table = format_costs([request], [small_cost()], Machine()).splitlines()
     assert table[0].split()[:2] == ["graph", "GFLOP"]
     assert table[1].startswith("attention prefill 512 1")
-    assert table[2] == "  1 x all-reduce bf16[1000,1000]"
+    # 1000 rows pass 8 by 8 arrays, which have room for 1024 by 1024.
+    assert table[2] == "  dots: 2 of 2.1 GFLOP (95% of the array), 0.032 Mcycles per core"
+    assert table[3] == "  1 x all-reduce bf16[1000,1000]"
     lines = format_comparison([request], [small_cost(3)], [small_cost(1)], Machine()).splitlines()
     assert lines[0].split() == ["graph", "figure", "other", "ours", "ratio"]
     assert [line.split()[-3:] for line in lines if "collectives" in line] == [["3", "1", "3.00"]]
