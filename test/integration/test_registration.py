@@ -17,11 +17,19 @@ from nxdi_deepseek.without_sdk import nxdi_source  # noqa: E402
 from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 
 
+OURS = {
+    registration.INFERENCE_DEMO: {"deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite", "sarvam_mla"}
+    | {"axk1", "mistral4"},
+    registration.CONSTANTS: {"deepseekv2", "deepseekv3", "kimik2", "kimik25", "glm4moelite", "sarvammla"}
+    | {"axk1", "mistral4"},
+}
+
+
 @pytest.fixture(params=[registration.INFERENCE_DEMO, registration.CONSTANTS])
 def table_module(request, monkeypatch):
     """A module of NxDI with its table as NxDI ships it."""
     module = importlib.import_module(request.param)
-    shipped = {name: tasks for name, tasks in module.MODEL_TYPES.items() if not name.startswith(("deepseek", "kimi"))}
+    shipped = {name: tasks for name, tasks in module.MODEL_TYPES.items() if name not in OURS[request.param]}
     monkeypatch.setattr(module, "MODEL_TYPES", copy.deepcopy(shipped))
     return module
 
@@ -33,8 +41,7 @@ def test_tables_gain_the_model_and_keep_the_rest(table_module):
     register()
     assert table_module.MODEL_TYPES is table
     added = {name: tasks for name, tasks in table.items() if name not in shipped}
-    inference_demo = table_module.__name__.endswith("inference_demo")
-    assert added.keys() == ({"deepseek_v3", "kimi_k2"} if inference_demo else {"deepseekv3", "kimik2"})
+    assert added.keys() == OURS[table_module.__name__]
     assert all(tasks == {"causal-lm": NeuronDeepseekV3ForCausalLM} for tasks in added.values())
     assert {name: table[name] for name in shipped} == shipped
 
