@@ -12,6 +12,7 @@ from ..graph_cost.count import GraphCost
 from ..graph_cost.kernels import BLOCKWISE_FORMULA
 from ..graph_cost.lowerer import Lowerer
 from ..graph_cost.request import PARTS, PHASES, Request
+from ..graph_cost.risk import cut, format_risks
 from ..graph_cost.table import format_comparison, format_costs
 from ..graph_cost.time_model import Machine, bound
 from ..model_config import read_config_json
@@ -24,6 +25,7 @@ _GRAPHS = (
     *(f"{part},decode,{cache}" for part in ("attention", "dense", "moe", "model") for cache in ("512,1", "4096,8")),
     "model,prefill,512,1",
 )
+_RISK_GRAPHS = ("model,prefill,128,1", "model,prefill,2048,1", "model,decode,512,1", "model,decode,4096,8")
 # Option -> the field of Machine, its unit, and the unit's size.
 _MACHINE_OPTIONS = {
     "--bf16-tflops": ("bf16_flops", "TFLOPS", 1e12),
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--neuron-config", type=_json_object, default={}, help="more NeuronConfig fields, as JSON")
     parser.add_argument("--impl", help="folder of another package, which holds modeling_deepseek.py; it is run")
     parser.add_argument("--compare", action="store_true", help="with --impl: both, side by side")
+    parser.add_argument("--risk", action="store_true", help="kinds of instructions that no known graph has, instead")
     parser.add_argument("--json", action="store_true", help="everything that was counted, as JSON")
     for option, (name, unit, size) in _MACHINE_OPTIONS.items():
         default = getattr(Machine(), name) / size
@@ -75,7 +78,11 @@ def _json_object(text: str) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     if args.compare and not args.impl:
         raise GraphCostError("--compare needs --impl PATH, the package to compare with")
+    if args.risk and (args.compare or args.json):
+        raise GraphCostError("--risk prints lines of text for one package; leave out --compare and --json")
     requests = _requests(args)
+    if args.risk:
+        return _tell_risks(requests, args.impl and _package_folder(args.impl))
     machine = Machine(**{name: getattr(args, name) * size for name, _, size in _MACHINE_OPTIONS.values()})
     impls = [_package_folder(args.impl), None] if args.compare else [args.impl and _package_folder(args.impl)]
     costs = [_costs(requests, impl) for impl in impls]
@@ -94,13 +101,21 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     config = read_config_json(args.model_dir) if args.model_dir else RELEASED_CONFIG
     neuron_config = args.neuron_config | ({} if args.weights == BF16.name else {"weights": args.weights})
     fields = {"tp_degree": args.tp_degree, "config": config, "neuron_config": neuron_config}
-    requests = [Request.parse(text, **fields) for text in args.graphs or _GRAPHS]
+    requests = [Request.parse(text, **fields) for text in args.graphs or (_RISK_GRAPHS if args.risk else _GRAPHS)]
     weight_form(args.weights).check(requests[0].model, args.tp_degree)
     possible = [request for request in requests if request.layer is not None]
     if args.graphs and len(possible) < len(requests):
         missing = next(request for request in requests if request.layer is None)
         raise GraphCostError(f"graph {missing}: the model has no {missing.part} layer; leave it out")
     return possible
+
+
+def _tell_risks(requests: list[Request], impl: str | None) -> int:
+    requests = [dataclasses.replace(request, impl=impl, config=cut(request)) for request in requests]
+    with Lowerer() as lowerer:
+        found = [lowerer.patterns(request) for request in requests]
+    print(format_risks(requests, found))
+    return 0
 
 
 def _package_folder(path: str) -> str:

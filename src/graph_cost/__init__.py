@@ -1,5 +1,5 @@
 """What one rank of a model costs as a static graph: lowered to XLA's HLO without weights or device, and counted.
 
 `lowering` runs in processes of its own and needs torch_xla and the source of NxD and NxDI, as do its parts `neuron_ops`
-and `rank_model`. `hlo`, `count`, `kernels`, `time_model` and `table` need nothing but Python.
+and `rank_model`. The other modules need nothing but Python.
 """

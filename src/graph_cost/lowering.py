@@ -1,8 +1,8 @@
 """Lowers one graph of rank 0 with torch_xla, without weights and without a device, and counts it.
 
-`python -m nxdi_deepseek.graph_cost.lowering` reads requests from its input, one line of JSON each, and answers each
-with one. A process lowers one graph, since torch_xla chains the collectives of a process and a second graph would hold
-those of the first: every request gets a fork, ahead of which the slow imports are done once.
+`python -m nxdi_deepseek.graph_cost.lowering` reads lines of JSON from its input, a task ("cost" or "patterns") and its
+request, and answers each with one. A process lowers one graph, since torch_xla chains the collectives of a process and
+a second graph would hold those of the first: every request gets a fork, ahead of which the slow imports are done once.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import multiprocessing
 import sys
 import traceback
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,14 +24,15 @@ from ..device_graphs import process
 from ..device_graphs.rank_zero import placeholder
 from ..errors import DeepseekError, GraphCostError
 from . import neuron_ops
-from .count import GraphCost, bytes_read, count
+from .count import bytes_read, count
 from .hlo import Graph
 from .kernels import expert_kernels
+from .patterns import find_patterns
 from .request import Request
 
 
-def lower(request: Request) -> GraphCost:
-    """Builds, traces and counts the graph of a request."""
+def lower(request: Request) -> dict[str, Any]:
+    """Builds, traces and counts the graph of a request: GraphCost as a dictionary."""
     from neuronx_distributed.trace.mock_torchdist import mock_distributed
 
     from ..device_graphs import kernel_table
@@ -42,7 +43,7 @@ def lower(request: Request) -> GraphCost:
         flop_counter = _flops_on_meta(part)
         weights = _to_placeholders(part)
         kernel_table.calls.clear()
-        hlo, numbers = _trace(part, weights)
+        hlo, numbers = _trace(part, part.inputs, weights)
         calls = dict(kernel_table.calls)
     graph = Graph.from_json(hlo)
     expert_kernel, expert_weight_bytes = expert_kernels(graph, request.model.num_experts_per_tok)
@@ -51,7 +52,7 @@ def lower(request: Request) -> GraphCost:
     dtypes: Counter[str] = Counter()
     for number in numbers.values():
         dtypes[parameters[number].shapes[0].dtype] += parameters[number].bytes
-    return replace(
+    cost = replace(
         count(graph),
         parameter_bytes=sum(weight.nbytes for weight in weights.values()),
         parameter_bytes_read=sum(read.values()),
@@ -63,9 +64,22 @@ def lower(request: Request) -> GraphCost:
         expert_kernel_weight_bytes=expert_weight_bytes,
         kernel_calls=calls,
     )
+    return cost.to_dict()
 
 
-def _prepare_process() -> None:
+def patterns(request: Request) -> list[dict[str, Any]]:
+    """Builds and traces the graph of a request, and lists its kinds of instructions."""
+    from neuronx_distributed.trace.mock_torchdist import mock_distributed
+
+    from .rank_model import Part
+
+    with mock_distributed(request.tp_degree), torch.no_grad():
+        part = Part(request)
+        hlo = trace(part, part.inputs)
+    return [asdict(found) for found in find_patterns(hlo)]
+
+
+def prepare_process() -> None:
     process.prepare("counted")
     neuron_ops.replace_collectives()
     importlib.import_module(f"{__package__}.rank_model")
@@ -76,7 +90,7 @@ def _flops_on_meta(part: nn.Module) -> int:
     counter = FlopCounterMode(display=False)
     try:
         with torch.device("meta"), counter:
-            _run(part, lambda tensor: tensor.to("meta"))
+            _run(part, part.inputs, lambda tensor: tensor.to("meta"))
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error).lower():
             raise
@@ -85,9 +99,9 @@ def _flops_on_meta(part: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-def _run(part: nn.Module, move: Any) -> list[Tensor]:
-    inputs = pytree.tree_map_only(Tensor, move, part.inputs)
-    return part(**inputs) if isinstance(inputs, dict) else part(*inputs)
+def _run(module: nn.Module, inputs: Any, move: Any) -> list[Tensor]:
+    moved = pytree.tree_map_only(Tensor, move, inputs)
+    return module(**moved) if isinstance(moved, dict) else module(*moved)
 
 
 def _to_placeholders(part: nn.Module) -> dict[str, Tensor]:
@@ -106,11 +120,19 @@ def _placeholder(tensor: Tensor) -> Tensor:
     return nn.Parameter(held, requires_grad=False) if isinstance(tensor, nn.Parameter) else held
 
 
-def _trace(part: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, int]]:
+def trace(module: nn.Module, inputs: Any) -> dict[str, Any]:
+    """The HLO module of a module on the meta device, with the source line of each instruction."""
+    import torch_xla
+
+    torch_xla._XLAC._set_ir_debug(True)
+    return _trace(module, inputs, _to_placeholders(module))[0]
+
+
+def _trace(module: nn.Module, inputs: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, int]]:
     """The HLO module, and the parameter number of each weight that the graph uses."""
     import torch_xla
 
-    outputs = _run(part, _placeholder)
+    outputs = _run(module, inputs, _placeholder)
     context = torch_xla._XLAC.lowering.LoweringContext("rank0")
     context.build(outputs)
     numbers = {name: context.tensor_parameter_id(weight) for name, weight in weights.items()}
@@ -121,17 +143,19 @@ def main() -> int:
     answers, failure = sys.stdout, None
     with contextlib.redirect_stdout(sys.stderr):  # NxD logs to stdout
         try:
-            _prepare_process()
+            prepare_process()
         except DeepseekError as error:
             failure = json.dumps({"error": str(error)})
         for line in sys.stdin:
-            print(failure or _in_fork(Request.from_json(line)), file=answers, flush=True)
+            print(failure or _in_fork(*json.loads(line)), file=answers, flush=True)
     return 0
 
 
-def _in_fork(request: Request) -> str:
+def _in_fork(task: str, request: str) -> str:
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=(request, sender))
+    process = multiprocessing.get_context("fork").Process(
+        target=_answer, args=(task, Request.from_json(request), sender)
+    )
     process.start()
     sender.close()
     try:
@@ -143,9 +167,9 @@ def _in_fork(request: Request) -> str:
         process.join()
 
 
-def _answer(request: Request, sender: Any) -> None:
+def _answer(task: str, request: Request, sender: Any) -> None:
     try:
-        result = lower(request).to_dict()
+        result = {"cost": lower, "patterns": patterns}[task](request)
     except DeepseekError as error:
         result = {"error": str(error)}
     except Exception as error:  # of the package that is lowered, or of NxD with what it was given

@@ -26,7 +26,7 @@ class Part(nn.Module):
 
     def __init__(self, request: Request):
         super().__init__()
-        instance, self.inputs = _instance(request)
+        instance, self.inputs = model_instance(_application(request), request.phase)
         model = instance.module
         caches = list(model.kv_mgr.past_key_values)
         if request.part != "model":
@@ -45,13 +45,13 @@ class Part(nn.Module):
         return [outputs[0], *outputs[1]]
 
 
-def _instance(request: Request) -> tuple[Any, dict[str, Any]]:
+def model_instance(app: NeuronBaseForCausalLM, phase: str) -> tuple[Any, dict[str, Any]]:
     """NxDI's model instance of the phase, loaded, and the example inputs of its only bucket."""
-    app = _application(request)
-    wrapper = app.context_encoding_model if request.phase == "prefill" else app.token_generation_model
-    torch.distributed.init_process_group(backend="xla", rank=0, world_size=request.tp_degree)
+    wrapper = app.context_encoding_model if phase == "prefill" else app.token_generation_model
+    tp_degree = wrapper.neuron_config.tp_degree
+    torch.distributed.init_process_group(backend="xla", rank=0, world_size=tp_degree)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=request.tp_degree,
+        tensor_model_parallel_size=tp_degree,
         skip_collective_init=True,
         lnc_size=wrapper.neuron_config.logical_nc_config,
     )

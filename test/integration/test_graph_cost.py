@@ -16,8 +16,11 @@ if stand_ins.is_stand_in(importlib.import_module("torch_xla")):
 
 from nxdi_deepseek.errors import GraphCostError  # noqa: E402
 from nxdi_deepseek.example_configs import RELEASED_CONFIG as C  # noqa: E402
+from nxdi_deepseek.expert_kernel import expert_kernel_cost  # noqa: E402
 from nxdi_deepseek.graph_cost.lowerer import Lowerer  # noqa: E402
 from nxdi_deepseek.graph_cost.request import Request  # noqa: E402
+from nxdi_deepseek.graph_cost.risk import format_risks  # noqa: E402
+from nxdi_deepseek.graph_cost.time_model import Machine, bound  # noqa: E402
 from nxdi_deepseek.mla import MAX_QUERY_BLOCKS, QUERY_BLOCK  # noqa: E402
 from nxdi_deepseek.model_config import read_model_config  # noqa: E402
 from nxdi_deepseek.planning.prompt_graph import largest_tensor, prompt_tensors  # noqa: E402
@@ -237,6 +240,63 @@ def test_the_plan_knows_weights_and_cache_of_the_whole_model(cost):
     rank_numbers = 4 * (1 + MOE_LAYERS)
     weights = sum(weight_bytes(model, TP, "bfloat16", BF16).values())
     assert 0 <= weights - counted.parameter_bytes <= rank_numbers
+
+
+@pytest.mark.parametrize(
+    ("graph", "gflop"), [(("decode", 512, 1), 0.0412), (("decode", 4096, 8), 0.462)], ids=["batch 1", "batch 8"]
+)
+def test_how_much_of_the_array_decoding_fills(cost, graph, gflop):
+    """Ranks have 33 latents and 32 intermediate values: a quarter of the array's columns."""
+    counted = cost("moe", *graph)
+    assert sum(counted.dot_padded_flops.values()) / 1e9 == pytest.approx(gflop, rel=2e-3)
+    router = graph[2] * (HIDDEN // 128) * (EXPERTS // 128)
+    assert counted.dot_cycles["F32"] == 4 * router
+
+
+def test_the_expert_kernel_is_counted_from_its_loops(cost):
+    skipping = expert_kernel_cost(read_model_config(C), 512, TP, skip_token=True, skip_weight=True)
+    counted = cost("moe", "prefill", 512, 1)
+    assert counted.expert_kernel == skipping
+    assert skipping.read_bytes + skipping.written_bytes <= 0.6e9
+    assert counted.expert_kernel_weight_bytes == EXPERTS * mlp(1, C["moe_intermediate_size"])
+
+
+def test_the_bound_of_a_prompt_has_what_the_expert_kernel_moves_without_skip_dma(lowerer):
+    choice = {"use_shard_on_block_dynamic_while": True, "block_sharding_strategy": "PING_PONG", "block_size": 128}
+    fields = {"blockwise_matmul_config": choice}
+    counted = lowerer.cost(Request("moe", "prefill", 512, 1, tp_degree=TP, config=C, neuron_config=fields))
+    assert counted.expert_kernel == expert_kernel_cost(read_model_config(C), 512, TP)
+    assert 2.7e-3 < bound(counted, Machine()).memory < 2.9e-3
+
+
+SAMPLED = {"do_sample": True, "dynamic": True, "deterministic": True, "global_topk": 256}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "kernels", "gathered"),
+    [
+        ({"do_sample": False}, {"nkilib cascaded_max", "AwsNeuronArgMax"}, {"f32[64,1]", "s64[64,1]"}),
+        (SAMPLED, {"nkilib topk", "nkilib cumsum"}, {"f32[16384,1]", "s64[16384,1]"}),
+    ],
+    ids=["greedy", "top-k and top-p"],
+)
+def test_tokens_chosen_on_the_device_are_counted(lowerer, sampling, kernels, gathered):
+    """Each rank gives its best value, or its 256 best; none gathers the vocabulary."""
+    config, fields = C | {"num_hidden_layers": 1}, {"on_device_sampling_config": sampling}
+    counted = lowerer.cost(Request("model", "decode", 512, 1, tp_degree=TP, config=config, neuron_config=fields))
+    assert kernels <= counted.kernel_calls.keys()
+    payloads = {item.payload for item in counted.collectives}
+    assert gathered <= payloads
+    assert not any(str(C["vocab_size"]) in payload for payload in payloads)
+
+
+def test_risky_instructions_are_told_with_their_lines(lowerer):
+    """The router's sort is in float32, which no known graph has."""
+    request = Request("moe", "decode", 512, 1, tp_degree=TP, config=C)
+    text = format_risks([request], [lowerer.patterns(request)])
+    sort = next(line for line in text.splitlines() if line.strip().startswith("sort"))
+    assert "f32" in sort and "routing.py:" in sort and "moe decode 512 1" in sort
+    assert "dot by" not in text and "published as running" in text.splitlines()[-1]
 
 
 READS_A_VALUE = """

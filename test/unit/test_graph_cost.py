@@ -14,7 +14,9 @@ from nxdi_deepseek.graph_cost.count import Collective, GraphCost, bytes_read, co
 from nxdi_deepseek.graph_cost.hlo import Graph, Shape
 from nxdi_deepseek.graph_cost.kernels import expert_kernels
 from nxdi_deepseek.graph_cost.lowerer import Lowerer
+from nxdi_deepseek.graph_cost.patterns import Found, find_patterns, read_inventory
 from nxdi_deepseek.graph_cost.request import Request
+from nxdi_deepseek.graph_cost.risk import cut, format_risks
 from nxdi_deepseek.graph_cost.table import format_comparison, format_costs
 from nxdi_deepseek.graph_cost.time_model import Machine, bound
 from nxdi_deepseek.model_config import read_model_config
@@ -362,3 +364,60 @@ def test_what_is_missing_is_told_in_one_line(capfd):
     error = capfd.readouterr().err
     assert error.count("\n") == 1
     assert "needs torch_xla" in error or "no NxDI" in error
+
+
+def patterns_of(hlo):
+    entry = {"id": "9", "name": "entry", "instructions": hlo.instructions, "rootId": hlo.instructions[-1]["id"]}
+    added = {"id": "7", "name": "add", "instructions": [{"opcode": "parameter"}, {"opcode": "add"}]}
+    frames = {
+        "fileNames": ["/x/torch/functional.py", "/x/routing.py"],
+        "functionNames": ["einsum", "select_experts"],
+        "fileLocations": [
+            {"fileNameId": 1, "functionNameId": 1, "line": 4},
+            {"fileNameId": 2, "functionNameId": 2, "line": 33},
+        ],
+        "stackFrames": [{"fileLocationId": 2}, {"fileLocationId": 1, "parentFrameId": 1}],
+    }
+    return find_patterns({"entryComputationName": "entry", "computations": [added, entry], "stackFrameIndex": frames})
+
+
+def test_patterns_have_ranks_where_work_depends_on_the_shape():
+    hlo = Hlo()
+    x = hlo.parameter(0, "F32", 4, 8)
+    hlo.add("negate", "F32", (4, 8), x)
+    hlo.add("negate", "F32", (32,), x)
+    hlo.add("reduce", "F32", (4,), x, calledComputationIds=["7"], metadata={"stackFrameId": 2})
+    hlo.add("all-gather", "BF16", (12,), hlo.parameter(1, "BF16", 3))
+    hlo.add("concatenate", "F32", (8, 8), x, x)
+    found = {item.pattern: (item.count, item.places) for item in patterns_of(hlo)}
+    assert found == {
+        "negate f32 of f32": (2, ()),
+        "reduce by add f32 rank 1 of f32 rank 2": (1, ("routing.py:33 select_experts",)),
+        "all-gather bf16 rank 1 of bf16 rank 1, not of a multiple of 4 bytes": (1, ()),
+        "concatenate f32 rank 2 of f32 rank 2": (1, ()),
+    }
+
+
+def test_what_no_known_graph_has_is_told_once_with_its_graphs():
+    requests = [Request.parse(text) for text in ("model,prefill,128,1", "model,decode,512,1")]
+    odd = Found("sort by compare f16 rank 7 of f16 rank 7", 3, ("a.py:1 f", "b.py:2 g", "c.py:3 h", "d.py:4 i"))
+    models, known = read_inventory()
+    common = Found(next(iter(known)), 1, ())
+    head, line, lineage = format_risks(requests, [[odd, common], [odd]]).splitlines()
+    assert head == "1 kinds of instructions in 2 graphs that no known graph has:"
+    assert "3 in model prefill 128 1, 3 in model decode 512 1 (a.py:1 f; b.py:2 g; c.py:3 h; 1 more)" in line
+    assert all(model in lineage for model in models) and "compiled none" in lineage
+
+
+def test_the_inventory_names_models_for_every_pattern():
+    models, known = read_inventory()
+    assert {"Llama", "Mixtral", "Qwen3-MoE", "DeepSeek-V3 (contrib)"} <= set(models)
+    assert all(known.values()) and {name for names in known.values() for name in names} == set(models)
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept"), [({}, 4), ({"first_k_dense_replace": 0}, 1), ({"num_hidden_layers": 2}, 1)]
+)
+def test_risk_lowers_a_layer_of_each_kind(layers, kept):
+    request = Request.parse("model,decode,512,1", config=RELEASED_CONFIG | layers)
+    assert cut(request)["num_hidden_layers"] == kept
