@@ -54,8 +54,8 @@ def test_the_variable_names_another_or_none(machine, monkeypatch):
 def test_the_form_of_weights_counts(monkeypatch):
     monkeypatch.setenv(INSTANCE_VARIABLE, "trn2.48xlarge")
     with pytest.raises(ConfigError, match="use .* or weights fp8"):
-        check_loads(MODEL, neuron_config(tp_degree=64, seq_len=32768))
-    check_loads(MODEL, neuron_config(tp_degree=64, seq_len=32768, weights="fp8-block"))
+        check_loads(MODEL, neuron_config(max_length=32768))
+    check_loads(MODEL, neuron_config(max_length=32768, weights="fp8-block"))
 
 
 class Causal(NeuronDeepseekV3ForCausalLM):
