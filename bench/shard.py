@@ -103,10 +103,12 @@ def main():
         before = plain_write(Path(folder), TP_DEGREE, file_bytes)
 
         out = Path(folder) / "out"
-        runs = {form: [] for form in FORMS}
+        runs, cpu = {form: [] for form in FORMS}, dict.fromkeys(FORMS, float("inf"))
         for _ in range(args.rounds):
             for form in FORMS:
+                start = time.process_time()
                 runs[form].append(shard_checkpoint(source, out, TP_DEGREE, weights=form))
+                cpu[form] = min(cpu[form], time.process_time() - start)
                 shutil.rmtree(out)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"peak RSS {peak:.2f} GiB")
@@ -114,7 +116,8 @@ def main():
         summary = fastest["bf16"]
         for form, found in fastest.items():
             ratio = f"{found.seconds / summary.seconds:.2f} of BF16's time"
-            print(f"{form}: {found.seconds:.2f} s for {found.bytes / 1e9:.2f} GB, {ratio}")
+            cores = f"{cpu[form]:.2f} s of processors, {cpu[form] / cpu['bf16']:.2f} of BF16's"
+            print(f"{form}: {found.seconds:.2f} s for {found.bytes / 1e9:.2f} GB, {ratio}; {cores}")
         for form in ("fp8", "fp8-block"):
             print(f"error of {form}: " + ", ".join(f"{n} {e:.1e}" for n, e in fastest[form].errors.items()))
         plain = min(before, plain_write(Path(folder), TP_DEGREE, file_bytes))

@@ -82,7 +82,7 @@ def encoded_rows(
     scale = scale if scale.ndim == 2 else scale.reshape(-1, 1)
     if stored.packed > 1:
         read = Window([(start, _unpacked(raw)) for start, raw in read.parts], read.left)
-    else:
+    elif not halve:
         for _, codes in read.parts:
             _check_finite(codes, _FP8, what)
     return _CodedRows(read, scale, stored.block, dtype, transposed, what, halve)
@@ -104,15 +104,17 @@ class _CodedRows:
         self._read, self._scale, self._block_size, self._transposed = read, scale, block_size, transposed
         self._dtype, self._what = dtype, what
         self._may_overflow = np.abs(scale).max(initial=0) > torch.finfo(dtype).max / FP8_MAX
+        # Where all codes are halved at once: what `quantize` returns, for each weight.
+        self._halved = self._halve() if halve else None
 
-        self._halved = halve
-        if halve:
-            measured, count = np.zeros(2), 0
-            for start, codes in read.parts:
-                measured += measure(codes, scale, start, read.left, block_size)
-                count += codes.size
-                halve_codes(codes.reshape(-1))
-            self._per_weight = measured / max(count, 1)
+    def _halve(self) -> np.ndarray:
+        sums, count = np.zeros(2), 0
+        for start, codes in self._read.parts:
+            sums += measure(codes, self._scale, start, self._read.left, self._block_size)
+            count += codes.size
+            if halve_codes(codes.reshape(-1)) > _LARGEST[_FP8]:
+                raise _not_finite(self._what)
+        return sums / max(count, 1)
 
     @cached_property
     def _tables(self) -> np.ndarray:
@@ -133,7 +135,7 @@ class _CodedRows:
     def quantize(self, rows: Range, columns: Range, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         size = cell_size(rows, columns, scale)
         within = (lies_within(*pair) for pair in zip((rows, columns), size, self._block_size, strict=True))
-        if self._halved or all(within):
+        if self._halved is not None or all(within):
             return self._keep(rows, columns, size, codes, scale)
         return quantize_strips(rows, columns, lambda part: self._values(part, columns), codes, scale, self._what)
 
@@ -144,9 +146,10 @@ class _CodedRows:
         own = self._read.rectangle(rows, columns)
         scale[...] = 2 * scale_of_cells(self._scale, rows, columns, size, self._block_size).T
         check_scale(scale, self._what)
-        transpose(own if self._halved else halved(own), codes)
-        if self._halved:
-            return self._per_weight * own.size
+        if self._halved is not None:
+            transpose(own, codes)
+            return self._halved * own.size
+        transpose(halved(own), codes)
         return measure(own, self._scale, rows[0], columns[0], self._block_size)
 
     def _values(self, rows: Range, columns: Range) -> np.ndarray:

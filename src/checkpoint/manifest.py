@@ -127,8 +127,9 @@ class Manifest:
 
     def error_of(self, tensor: str) -> float:
         """Relative error of an FP8 tensor, by the Frobenius norm, over the ranks that are written."""
-        norm, error = np.sum([found[tensor] for found in self.errors.values() if tensor in found], axis=0)
-        return float(np.sqrt(error / norm)) if norm else 0.0
+        pairs = [found[tensor] for found in self.errors.values() if tensor in found]
+        norm, error = (sum(pair[i] for pair in pairs) for i in (0, 1))
+        return (error / norm) ** 0.5 if norm else 0.0
 
     @classmethod
     def load_existing(cls, folder: Path) -> "Manifest":

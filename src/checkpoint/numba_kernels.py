@@ -86,15 +86,18 @@ def copy_strips(source: np.ndarray, out: np.ndarray) -> None:
                 to[y, x] = from_[y, x]
 
 
-@_compiled("void(uint8[::1])")
-def halve_codes(codes: np.ndarray) -> None:
-    """Turns FP8 e4m3 codes [n] into those of half the values, ties among the smallest to even. No NaN comes in, none
-    goes out."""
+@_compiled("uint8(uint8[::1])")
+def halve_codes(codes: np.ndarray) -> int:
+    """Turns FP8 e4m3 codes [n] into those of half the values, ties among the smallest to even. Returns the largest code
+    that came in, without its sign: where that is NaN, what goes out has no meaning."""
+    largest = np.uint8(0)
     for i in range(codes.shape[0]):
         magnitude = np.uint8(codes[i] & np.uint8(0x7F))
         half = np.uint8((magnitude >> np.uint8(1)) + (magnitude & (magnitude >> np.uint8(1)) & np.uint8(1)))
         half = np.uint8(magnitude - np.uint8(8)) if magnitude >= np.uint8(16) else half
         codes[i] = np.uint8(half | (codes[i] & np.uint8(0x80)))
+        largest = max(largest, magnitude)
+    return largest
 
 
 @_compiled(

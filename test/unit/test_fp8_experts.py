@@ -200,3 +200,19 @@ def test_the_error_budget_is_the_error_of_the_files(out_dir, source, tp_degree, 
         actual, expected = (float((pair[1] / pair[0]).sqrt()) for pair in (told, sums))
         assert actual == pytest.approx(expected, rel=0.1 if halved else 1e-3)  # halving is measured on some rows
         assert expected < (1e-4 if halved else 0.03)
+
+
+def test_down_is_exact_on_the_ranks_that_lie_in_one_block(tmp_path):
+    """24 of 192 rows on each of 8 ranks: those of rank 5 lie in two blocks of 128."""
+    config = CONFIG | {"moe_intermediate_size": 192, "intermediate_size": 192}
+    write_checkpoint(tmp_path, config)
+    edit(tmp_path, every_code)
+    _, down = whole_experts(decoded(tmp_path, torch.float32), config)
+    with Checkpoint(tmp_path) as checkpoint:
+        for rank in range(8):
+            tensors = state_dict_of(checkpoint.reader, checkpoint.config, torch.bfloat16, 8, rank, FP8)
+            exact = down[:, rank * 24 : (rank + 1) * 24]
+            error = (dequantized(tensors, "down_proj") - exact).norm() / exact.norm()
+            assert error < 1e-4 if rank != 5 else 1e-3 < error < 0.03
+            blocks = state_dict_of(checkpoint.reader, checkpoint.config, torch.bfloat16, 8, rank, FP8_BLOCK)
+            assert (dequantized(blocks, "down_proj") - exact).norm() < 1e-4 * exact.norm()

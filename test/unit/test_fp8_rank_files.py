@@ -1,21 +1,23 @@
 """Rank files with experts in FP8 at all doors: sizes, resume, verify, unshard, and loading by another config."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from nxdi_deepseek.checkpoint import sharder
 from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.plan import ShardPlan
-from nxdi_deepseek.checkpoint.rank_files import check_rank_files
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.checkpoint.unsharder import unshard
 from nxdi_deepseek.checkpoint.verifier import verify_shards
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError, ConfigError
-from nxdi_deepseek.weight_forms import BF16, FORMS, FP8
+from nxdi_deepseek.model_config import load_model_config
+from nxdi_deepseek.rank_files import check_rank_files
+from nxdi_deepseek.weight_forms import FORMS
 from safetensors.torch import load_file, save_file
-from support.encodings import FP8_CONFIG, write_encoded
+from support.encodings import FP8_CONFIG, edit, write_encoded
 from support.fp8_experts import dequantized, rank_file, stored_tensors
 
 FP8_FORMS = [name for name, form in FORMS.items() if form.is_fp8]
@@ -135,36 +137,32 @@ def test_unsharding_fp8_gives_its_weights_in_the_models_dtype(model_dir, tmp_pat
             assert torch.equal(of_back[f"{layer}{name}.weight"], dequantized(own, name, layer).to(torch.bfloat16))
 
 
-def plan_of(model_dir, out_dir, form, tp_degree=4):
-    with Checkpoint(model_dir) as checkpoint:
-        return ShardPlan(checkpoint.config, tp_degree, torch.bfloat16, out_dir, form=form)
+def configured(model_dir, form):
+    """What rank_files reads of a model's config."""
+    neuron_config = SimpleNamespace(weights=form, tp_degree=4, torch_dtype=torch.bfloat16)
+    return SimpleNamespace(model=load_model_config(model_dir), neuron_config=neuron_config)
 
 
-@pytest.mark.parametrize("written", FORMS.values(), ids=list(FORMS))
-@pytest.mark.parametrize("configured", FORMS.values(), ids=list(FORMS))
-def test_files_of_another_form_are_refused(model_dir, tmp_path, written, configured):
-    shard_checkpoint(model_dir, tmp_path, 4, weights=written.name)
-    plan = plan_of(model_dir, tmp_path, configured)
-    if written is configured:
-        return check_rank_files(plan, range(4))
-    with pytest.raises(CheckpointError, match=f"--weights {configured.name} --dtype bfloat16") as caught:
-        check_rank_files(plan, range(4))
+@pytest.mark.parametrize("written", FORMS)
+@pytest.mark.parametrize("wanted", FORMS)
+def test_files_of_another_form_are_refused(model_dir, tmp_path, written, wanted):
+    shard_checkpoint(model_dir, tmp_path, 4, weights=written)
+    if written == wanted:
+        return check_rank_files(tmp_path, configured(model_dir, wanted), range(4))
+    with pytest.raises(CheckpointError, match=f"shard again for weights {wanted}, bfloat16") as caught:
+        check_rank_files(tmp_path, configured(model_dir, wanted), range(4))
     message = str(caught.value)
-    assert "\n" not in message and "tp0_sharded_checkpoint.safetensors: layers.1.mlp.expert_mlps" in message
-    if BF16 in (written, configured):
-        assert f"but the model is configured for weights {configured.name}" in message
+    assert "\n" not in message
+    assert "tp0_sharded_checkpoint.safetensors: layers.1.mlp.expert_mlps" in message
 
 
 def test_a_missing_scale_is_refused(model_dir, tmp_path):
     shard_checkpoint(model_dir, tmp_path, 4, weights="fp8")
     path = tmp_path / "weights/tp2_sharded_checkpoint.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if name != SCALE}, path)
-    check_rank_files(plan_of(model_dir, tmp_path, FP8), [0, 1, 3])
-    with pytest.raises(CheckpointError, match=f"tp2_sharded_checkpoint.safetensors: {SCALE}: missing; shard"):
-        check_rank_files(plan_of(model_dir, tmp_path, FP8), range(4))
-    path.unlink()
-    with pytest.raises(CheckpointError, match="tp2_.*: missing; write it with nxdi-deepseek shard --tp-degree 4"):
-        check_rank_files(plan_of(model_dir, tmp_path, FP8), range(4))
+    check_rank_files(tmp_path, configured(model_dir, "fp8"), [0, 1, 3])
+    with pytest.raises(CheckpointError, match=f"tp2_sharded_checkpoint.safetensors: {SCALE} is missing, and F32"):
+        check_rank_files(tmp_path, configured(model_dir, "fp8"), range(4))
 
 
 def test_a_form_that_cannot_be_is_refused_before_anything_is_written(model_dir, tmp_path, capsys):
@@ -173,3 +171,19 @@ def test_a_form_that_cannot_be_is_refused_before_anything_is_written(model_dir, 
     assert not (tmp_path / "out").exists()
     assert main(["shard", str(model_dir), str(tmp_path / "out"), "--tp-degree", "4", "--weights", "int4"]) == 2
     assert "--weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weights", FP8_FORMS)
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("projection", ["gate", "down"])
+def test_a_nan_code_names_its_tensor(tmp_path, weights, code, projection):
+    name = f"{EXPERT}{projection}_proj.weight"
+
+    def damage(tensors):
+        if name in tensors:
+            tensors[name].view(torch.uint8)[-1, -1] = code
+        return tensors
+
+    edit(write_encoded(tmp_path / "model", "FP8, float32 scales", CONFIG), damage)
+    with pytest.raises(CheckpointError, match=f"{name}: holds NaN"):
+        shard_checkpoint(tmp_path / "model", tmp_path / "out", 4, weights=weights)
