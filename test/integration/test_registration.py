@@ -16,7 +16,6 @@ from nxdi_deepseek.modeling_deepseek import NeuronDeepseekV3ForCausalLM  # noqa:
 from nxdi_deepseek.without_sdk import nxdi_source  # noqa: E402
 from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 
-
 OURS = {
     registration.INFERENCE_DEMO: {"deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite", "sarvam_mla"}
     | {"axk1", "mistral4"},
