@@ -111,7 +111,9 @@ class Weights:
         checkpoint.check()
 
     def get(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """A whole tensor. The correction bias of a member that has none is zero."""
+        if name.endswith(_BIAS) and not self.config.member.correction_bias:
+            return torch.zeros(self.config.n_routed_experts)
         return self._read(name)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

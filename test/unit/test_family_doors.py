@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from nxdi_deepseek.accuracy.oracle import KeyValues, LayerOracle
+from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.checkpoint.convert import state_dict_of
 from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.cli import main
@@ -82,9 +84,8 @@ def test_golden_outputs_are_the_judges(folder, tmp_path, capsys):
 
 @pytest.mark.skipif(not NEWEST, reason="the judges are in transformers 5")
 @all_members
-def test_the_oracle_equals_the_judge(folder):
-    from nxdi_deepseek.accuracy.oracle import KeyValues, LayerOracle
-
+def test_oracle_and_whole_reference_equal_the_judge(folder):
+    whole = hugging_face_model(folder)
     members.write_goldens([folder])
     prompts, tokens, logits = members.load_goldens(folder)
     for prompt, golden_tokens, expected in zip(prompts, tokens.tolist(), logits, strict=True):
@@ -95,6 +96,8 @@ def test_the_oracle_equals_the_judge(folder):
                 hidden = oracle.run_layer(layer, hidden, {0: KeyValues()})
             actual = oracle.logits(hidden[0])[len(prompt) - 1 :]
         torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+        rows = reference_logits(whole, prompt + golden_tokens)[len(prompt) - 1 : -1]
+        torch.testing.assert_close(rows, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.skipif(not NEWEST, reason="the judges are in transformers 5")
