@@ -104,7 +104,7 @@ def cost(lowerer):
     "graph",
     [
         (attention, "prefill", 512, 1),
-        (attention, "prefill", 1100, 2),
+        (attention, "prefill", 1088, 2),
         (attention, "prefill", 32768, 1),
         (attention, "decode", 512, 1),
         (attention, "decode", 4096, 8),
