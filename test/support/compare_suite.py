@@ -87,6 +87,19 @@ def test_a_compiled_folder_runs_in_batches_of_its_own_size(released, tmp_path, c
     assert "bisect needs batch_size 3, the number of golden prompts, not 2" in capsys.readouterr().err
 
 
+def test_fp8_experts_are_judged_by_the_gates_of_bfloat16(released, tmp_path, capsys):
+    """The checkpoint's own codes, but for the smallest, and float32 beside them: the same tokens."""
+    model_dir, golden = released
+    folder = str(golden.folder)
+    assert main(["compare", folder, str(model_dir), "--weights", "fp8-block", "--out", str(tmp_path)]) == 0
+    assert "top1_exact 1" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["gates"] == DEFAULTS["bfloat16"]
+    assert main(["compare", folder, str(model_dir), "--weights", "fp8", "--bisect"]) == 2
+    assert "--bisect: weights fp8 depart from golden's by more than rounding" in capsys.readouterr().err
+    assert main(["compare", folder, folder, "--weights", "fp8"]) == 2
+    assert "--weights fp8: is for a checkpoint folder, which" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("plant", faults.FAULTS, ids=lambda plant: plant.__name__)
 def test_a_planted_fault_is_named(plant, request, monkeypatch):
     case = request.getfixturevalue("negative" if plant is faults.masked_groups_as_zero else "released")
