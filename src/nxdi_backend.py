@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .embedded.modules import RMSNorm
 from .nxdi_experts import ScaledExpertMatmul, quantize_experts
 from .nxdi_generation import NxDIGenerationAdapter as HuggingFaceGenerationAdapter
+from .weight_forms import FP8
 
 
 def rmsnorm_cls() -> type[nn.Module]:
@@ -80,7 +81,7 @@ def _with_scales(neuron_config: Any) -> Any:
     """The config of the expert matmul; for the kernel that applies scales of channels, with the class that passes
     them."""
     matmul = neuron_config.blockwise_matmul_config
-    if neuron_config.weights == "fp8" and matmul.use_shard_on_intermediate_dynamic_while:
+    if neuron_config.weights == FP8.name and matmul.use_shard_on_intermediate_dynamic_while:
         matmul = copy.copy(matmul)
         matmul.blockwise_nki_autograd_cls = ScaledExpertMatmul
     return matmul

@@ -28,6 +28,7 @@ nxdi.require_nxdi()
 from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
 from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
+from support.dequantized import parts_of, write_dequantized  # noqa: E402
 
 NEW_TOKENS = 12
 PROMPTS = [[5, 17, 42, 9, 88], [7], [100, 200, 300, 400, 500, 600, 700, 800, 900], [33, 44], [3] * 30]
@@ -108,6 +109,16 @@ def test_offline_batch_of_unequal_prompts(tmp_path, checkpoint, expected, overri
     config = {"override_neuron_config": {"on_cpu": True} | override}
     tokens, log = run_offline(tmp_path, engine(checkpoint, additional_config=config), PROMPTS)
     assert tokens == expected, log
+
+
+def test_fp8_experts(tmp_path, checkpoint):
+    """By one word. Hugging Face on the dequantized experts is the judge."""
+    config = {"override_neuron_config": {"on_cpu": True, "weights": "fp8"}}
+    tokens, log = run_offline(tmp_path, engine(checkpoint, additional_config=config), PROMPTS)
+    judge = write_dequantized(tmp_path / "dequantized", checkpoint, parts_of(checkpoint, True, weights="fp8"))
+    model = hugging_face_model(judge)
+    assert tokens == [generate(model, prompt) for prompt in PROMPTS], log
+    assert "quantized_checkpoints_path is not used" in log
 
 
 def test_artifacts_are_used_again(tmp_path, checkpoint, expected):
