@@ -112,7 +112,7 @@ def _tensor_faults(
             what = _companion_fault(source, name, weight, expected[weight], block_size)
         elif is_ignored(name, config):
             continue
-        elif weight in expected:
+        elif weight in expected or (is_scale(name) and not is_stored(source, weight)):
             what = None if source.is_unreadable(weight) else "a scale without its weight"
         else:
             what = _NO_PART
