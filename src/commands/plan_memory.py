@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.model)
     config = read_model_config(read_config_file(path if path.is_file() else path / CONFIG_JSON))
     instance = instance_of(args.instance)
-    plan = make_memory_plan(config, _shape(args, config, instance), instance, str(path), _checkpoint_bytes(path))
+    folder = path.parent if path.is_file() else path
+    plan = make_memory_plan(config, _shape(args, config, instance), instance, str(folder), _checkpoint_bytes(path))
     if args.png:
         save_plan_picture(plan, args.png)
     print(json.dumps(plan_json(plan), indent=2) if args.format == "json" else plan_text(plan))

@@ -236,3 +236,10 @@ def test_bad_arguments_are_told_in_one_line(config_json, capsys, arguments, mess
 def test_a_folder_without_a_config_is_told_in_one_line(tmp_path, capsys):
     assert main(["plan", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_lines_of_a_config_alone_name_its_folder(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED))
+    assert main(["plan", str(tmp_path / "config.json"), "--format", "json"]) == 0
+    for line in json.loads(capsys.readouterr().out)["commands"].values():
+        assert str(tmp_path) in shlex.split(line)
