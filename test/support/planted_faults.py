@@ -43,18 +43,19 @@ def masked_groups_as_zero(monkeypatch, model):
 
 def kv_b_split_at_v_head_dim(monkeypatch, model):
     """Values from row v_head_dim of each head on; keys are right. Needs qk_nope_head_dim > v_head_dim."""
-    split, nope_dim, v_dim = torch.Tensor.split, model.config.qk_nope_head_dim, model.config.v_head_dim
+    split, nope_dim, v_dim = torch.Tensor.tensor_split, model.config.qk_nope_head_dim, model.config.v_head_dim
 
-    def wrong_split(tensor, sizes, dim=0):
-        parts = split(tensor, sizes, dim)
-        return (parts[0], tensor.narrow(dim, v_dim, v_dim)) if tuple(sizes) == (nope_dim, v_dim) else parts
+    def wrong_split(tensor, ends, dim=0):
+        parts = split(tensor, ends, dim)
+        is_kv_b = tensor.shape[dim] == nope_dim + v_dim and tuple(ends) == (nope_dim,)
+        return (parts[0], tensor.narrow(dim, v_dim, v_dim)) if is_kv_b else parts
 
     prefill, decode = DeepseekV3Attention._prefill, DeepseekV3Attention._decode
 
     def patched(method):
         def call(*args):
             with monkeypatch.context() as patch:
-                patch.setattr(torch.Tensor, "split", wrong_split)
+                patch.setattr(torch.Tensor, "tensor_split", wrong_split)
                 return method(*args)
 
         return call
