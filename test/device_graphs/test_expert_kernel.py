@@ -23,4 +23,5 @@ def test_a_user_s_choice_equals_hugging_face(tmp_path, choice):
     model_dir = written(tmp_path, KERNEL)
     model, device = load(model_dir, batch_size=2, tp_degree=4, blockwise_matmul_config=CHOICES[choice])
     assert_equals_hugging_face(model, model_dir, random_prompts((6, 14), KERNEL["vocab_size"]), 3)
-    assert device.kernels["BlockwiseMatmul"] == (0 if "torch" in choice else 1)
+    calls = [count for kernel, count in device.kernels.items() if kernel.startswith("BlockwiseMatmul")]
+    assert sum(calls) == (0 if "torch" in choice else 1)

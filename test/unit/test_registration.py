@@ -215,11 +215,11 @@ def test_an_interrupt_is_none_of_our_errors(module_dir, monkeypatch):
 def test_configs_of_the_family_reach_a_process_of_their_own():
     """vLLM pickles the config for the processes that it spawns."""
     register_configs()
-    configs = [AutoConfig.for_model(name, hidden_size=48) for name in FAMILY]
+    configs = [AutoConfig.for_model(name, hidden_size=1920) for name in FAMILY]
     assert [config.model_type for config in configs] == list(FAMILY)
     code = "import pickle, sys; print([(c.model_type, c.hidden_size) for c in pickle.load(sys.stdin.buffer)])"
     result = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(configs), capture_output=True)
-    assert result.stdout.decode().strip() == str([(name, 48) for name in FAMILY]), result.stderr.decode()
+    assert result.stdout.decode().strip() == str([(name, 1920) for name in FAMILY]), result.stderr.decode()
 
 
 # vLLM
