@@ -1,5 +1,9 @@
 """Faults of the graphs that NxDI's CPU mode cannot have: each is refused, or changes the logits."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
@@ -82,15 +86,33 @@ def test_a_kernel_without_an_executable_form_is_refused(model_dir, monkeypatch):
         load(model_dir, batch_size=1, tp_degree=2)
 
 
-@pytest.mark.parametrize("stale", [min, max], ids=["the shortest bucket's", "the longest bucket's"])
-def test_a_stale_bucket_length_is_refused(model_dir, alter, stale):
-    def keep_length(module, aliases):
-        module.n_positions = stale(module.buckets)
-        return aliases
+STALE_BUCKET = f"""
+import sys
+from nxdi_deepseek.device_graphs import process
+process.prepare()
+from neuronx_distributed_inference.models.model_wrapper import DecoderModelInstance
+from support.device_graphs import load
 
-    alter(keep_length)
-    with pytest.raises(RuntimeError):
-        load(model_dir, batch_size=1, tp_degree=2, **BUCKETS)
+get = DecoderModelInstance.get
+def keep_length(self, bucket_rank, **kwargs):
+    module, aliases = get(self, bucket_rank, **kwargs)
+    print("built", flush=True)
+    module.n_positions = getattr(__builtins__, sys.argv[2])(module.buckets)
+    return module, aliases
+DecoderModelInstance.get = keep_length
+load(sys.argv[1], batch_size=1, tp_degree=2, **{BUCKETS!r})
+print("loaded")
+"""
+
+
+@pytest.mark.parametrize("stale", ["min", "max"])
+def test_a_stale_bucket_length_ends_the_lowering(model_dir, stale):
+    """As torch-neuronx runs torch_xla, a shape that does not fit ends the process."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", STALE_BUCKET, str(model_dir), stale]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "built" in result.stdout and "loaded" not in result.stdout
 
 
 def test_inputs_of_other_shapes_are_refused(model_dir):
