@@ -1,6 +1,6 @@
 """How the model runs: NxDI's NeuronConfig with what this model needs, and the NxDI config that holds a ModelConfig."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,23 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         kwargs.setdefault("blockwise_matmul_config", dict(_EXPERT_KERNEL))
         kwargs = fill_weights(_from_saved(kwargs))
         check_values(kwargs)
+        _check_expert_kernel(kwargs["blockwise_matmul_config"])
         self.weights: str = kwargs.pop("weights")
         with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value
             super().__init__(**kwargs)
+
+
+def _check_expert_kernel(choice: Any) -> None:
+    """Raises ConfigError for what NKI's kernel asserts against, while the model is compiled."""
+
+    def asks(name: str) -> Any:
+        return choice.get(name) if isinstance(choice, Mapping) else getattr(choice, name, None)
+
+    if asks("use_shard_on_intermediate_dynamic_while") and asks("skip_dma_weight"):
+        raise ConfigError(
+            "neuron_config: blockwise_matmul_config: skip_dma_weight is not supported by the kernel of "
+            "use_shard_on_intermediate_dynamic_while; leave it out"
+        )
 
 
 def prompt_lengths(neuron_config: Any) -> list[int]:

@@ -84,3 +84,13 @@ def test_what_is_no_saved_config_is_one_line(saved, text):
     with pytest.raises(ConfigError, match="neuron_config.json: .*compile again") as error:
         DeepseekV3InferenceConfig.load(str(saved.parent))
     assert "\n" not in str(error.value)
+
+
+def test_a_choice_that_the_expert_kernel_asserts_against_is_refused():
+    """NKI's kernel sharded over the intermediate axis reads all weights."""
+    choice = {"use_shard_on_intermediate_dynamic_while": True, "block_size": 256, "skip_dma_token": True}
+    DeepseekV3NeuronConfig(seq_len=128, blockwise_matmul_config=choice)
+    with pytest.raises(
+        ConfigError, match="skip_dma_weight is not supported by the kernel of use_shard_on_intermediate"
+    ):
+        DeepseekV3NeuronConfig(seq_len=128, blockwise_matmul_config=choice | {"skip_dma_weight": True})
