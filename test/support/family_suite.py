@@ -5,8 +5,9 @@ import torch
 from nxdi_deepseek import backend
 
 from support import members, models, nxdi
+from support.dequantized import parts_of, write_dequantized
 from support.members import MEMBERS, load_goldens
-from support.models import Session, load_model
+from support.models import V3, Session, load_model, random_prompts
 
 TOLERANCE = 1e-4  # as in parity_suite
 SEEDS = (0, 1)
@@ -46,6 +47,17 @@ def test_member_equals_its_judge(released, name, seed):
     folder = released[name, seed]
     prompts, tokens, _ = load_goldens(folder)
     assert_equals_judge(folder, fed(load_model(folder, batch_size=len(prompts)), prompts, tokens))
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp8-block"])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_fp8_experts_equal_the_member_on_the_same_codes(tmp_path, name, form):
+    members.write_member(tmp_path, name, seed=0)
+    judge = write_dequantized(tmp_path / "dequantized", tmp_path, parts_of(tmp_path, weights=form))
+    prompts = random_prompts((9, 1))
+    tokens = torch.randint(V3["vocab_size"], (2, 4), generator=torch.Generator().manual_seed(0))
+    logits = fed(load_model(tmp_path, batch_size=2, weights=form), prompts, tokens)
+    torch.testing.assert_close(logits, fed(load_model(judge, batch_size=2), prompts, tokens), rtol=0, atol=TOLERANCE)
 
 
 def fed_on_rank(folders, tp_degree):
