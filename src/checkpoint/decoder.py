@@ -11,7 +11,6 @@ import torch
 from ..model_config import ModelConfig
 from .encodings import BITS, EncodedRows, Window, encoded_rows
 from .layout import Source, TensorSpec
-from .quantizing import lie_within
 from .source import TensorSource
 from .stored import stored_weight
 from .units import Region, Unit, read_columns, read_ranges
@@ -109,11 +108,8 @@ class UnitDecoder:
             raw = self._source.read_rows(stored.name, start, stop, buffer[offset:], columns)
             parts.append((start, raw))
             offset += raw.size
-        read, dtype, halve = Window(parts, columns[0] * stored.packed), spec.dtype(self._dtype), False
-        if spec.scale:
-            dtype, scale_shape = torch.float32, spec.scale.rank_shape(self._tp_degree)[1:]
-            halve = stored.block is not None and lie_within(regions, slot, scale_shape, stored.block)
-        return encoded_rows(self._source, stored, read, dtype, transposed, halve)
+        read, dtype = Window(parts, columns[0] * stored.packed), spec.dtype(self._dtype)
+        return encoded_rows(self._source, stored, read, torch.float32 if spec.scale else dtype, transposed)
 
     def _array(self, slot: str, shape: tuple[int, ...], dtype: type[np.number]) -> np.ndarray:
         return self._buffer(slot, prod(shape) * dtype().itemsize).view(dtype).reshape(shape)

@@ -15,15 +15,13 @@ import torch
 from ..dtypes import dtype_name, to_safetensors
 from ..errors import CheckpointError
 from .fp8 import CODE_VALUES, FP8_DTYPE, FP8_MAX, scale_to_float32
-from .numba_kernels import copy_strips, decode_blocks, decode_values, halve_codes, largest_magnitude
+from .numba_kernels import copy_strips, decode_blocks, decode_values, largest_magnitude, spread_scale
 from .quantizing import (
     cell_size,
     check_scale,
-    halved,
     lies_within,
     measure,
     quantize_strips,
-    scale_of_cells,
     strip_rows,
     transpose,
 )
@@ -68,11 +66,10 @@ class EncodedRows(Protocol):
 
 
 def encoded_rows(
-    source: TensorSource, stored: StoredWeight, read: Window, dtype: torch.dtype, transposed: bool, halve: bool = False
+    source: TensorSource, stored: StoredWeight, read: Window, dtype: torch.dtype, transposed: bool
 ) -> EncodedRows:
-    """What was read of a weight, to be decoded to `dtype`; `read` holds uint8 [rows, bytes], and may be changed.
+    """What was read of a weight, to be decoded to `dtype`; `read` holds uint8 [rows, bytes].
 
-    halve: all that is to be made of it is quantized, in cells that lie in one block of the checkpoint each.
     Raises CheckpointError naming the tensor when it holds NaN or infinity, or will in `dtype`.
     """
     what, found = source.describe(stored.name), source.entries[stored.name].dtype
@@ -82,10 +79,10 @@ def encoded_rows(
     scale = scale if scale.ndim == 2 else scale.reshape(-1, 1)
     if stored.packed > 1:
         read = Window([(start, _unpacked(raw)) for start, raw in read.parts], read.left)
-    elif not halve:
+    else:
         for _, codes in read.parts:
             _check_finite(codes, _FP8, what)
-    return _CodedRows(read, scale, stored.block, dtype, transposed, what, halve)
+    return _CodedRows(read, scale, stored.block, dtype, transposed, what)
 
 
 class _CodedRows:
@@ -99,26 +96,30 @@ class _CodedRows:
         dtype: torch.dtype,
         transposed: bool,
         what: str,
-        halve: bool,
     ):
         self._read, self._scale, self._block_size, self._transposed = read, scale, block_size, transposed
         self._dtype, self._what = dtype, what
         self._may_overflow = np.abs(scale).max(initial=0) > torch.finfo(dtype).max / FP8_MAX
-        # Where all codes are halved at once: what `quantize` returns, for each weight.
-        self._halved = self._halve() if halve else None
-
-    def _halve(self) -> np.ndarray:
-        sums, count = np.zeros(2), 0
-        for start, codes in self._read.parts:
-            sums += measure(codes, self._scale, start, self._read.left, self._block_size)
-            count += codes.size
-            if halve_codes(codes.reshape(-1)) > _LARGEST[_FP8]:
-                raise _not_finite(self._what)
-        return sums / max(count, 1)
 
     @cached_property
     def _tables(self) -> np.ndarray:
         return _decoding_tables(self._scale if self._transposed else self._scale.T, self._dtype)
+
+    @cached_property
+    def _measured(self) -> np.ndarray:
+        """What `quantize` returns where codes are halved, for each weight."""
+        sums, count = np.zeros(2), 0
+        for start, codes in self._read.parts:
+            sums += measure(codes, self._scale, start, self._read.left, self._block_size)
+            count += codes.size
+        return sums / max(count, 1)
+
+    @cached_property
+    def _doubled_scale(self) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            doubled = 2 * self._scale
+        check_scale(doubled, self._what)
+        return doubled
 
     def paste(self, rows: Range, columns: Range, out: np.ndarray) -> None:
         if prod(self._block_size) < _TABLE_PAYS:
@@ -135,7 +136,7 @@ class _CodedRows:
     def quantize(self, rows: Range, columns: Range, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         size = cell_size(rows, columns, scale)
         within = (lies_within(*pair) for pair in zip((rows, columns), size, self._block_size, strict=True))
-        if self._halved is not None or all(within):
+        if all(within):
             return self._keep(rows, columns, size, codes, scale)
         return quantize_strips(rows, columns, lambda part: self._values(part, columns), codes, scale, self._what)
 
@@ -144,13 +145,9 @@ class _CodedRows:
     ) -> np.ndarray:
         """Halved codes and double scales."""
         own = self._read.rectangle(rows, columns)
-        scale[...] = 2 * scale_of_cells(self._scale, rows, columns, size, self._block_size).T
-        check_scale(scale, self._what)
-        if self._halved is not None:
-            transpose(own, codes)
-            return self._halved * own.size
-        transpose(halved(own), codes)
-        return measure(own, self._scale, rows[0], columns[0], self._block_size)
+        transpose(own, codes, halve=True)
+        spread_scale(self._doubled_scale, rows[0], columns[0], *size, *self._block_size, scale)
+        return self._measured * own.size
 
     def _values(self, rows: Range, columns: Range) -> np.ndarray:
         """The weights, float32 [rows, columns]."""

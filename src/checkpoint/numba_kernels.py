@@ -16,7 +16,7 @@ _STRIP = 32
 _LOCK = threading.Lock()
 
 
-def _compiled(*signatures: str, **options: Any) -> Callable[[Callable], Callable]:
+def compiled(*signatures: str, **options: Any) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
         compiled = None
 
@@ -42,7 +42,7 @@ def _compile(function: Callable, signatures: list[str], options: dict[str, Any])
         return numba.njit(signatures, nogil=True, **options)(function)
 
 
-@_compiled("uint8(uint8[::1])", "uint16(uint16[::1])", "uint32(uint32[::1])")
+@compiled("uint8(uint8[::1])", "uint16(uint16[::1])", "uint32(uint32[::1])")
 def largest_magnitude(bits: np.ndarray) -> int:
     """The largest of the bits of floats [n] without their signs: in all float formats the order of the magnitudes,
     infinity and NaN above all numbers."""
@@ -54,7 +54,7 @@ def largest_magnitude(bits: np.ndarray) -> int:
     return largest
 
 
-@_compiled(*(f"void(uint8[:,:], {t}[:,:,::1], int64, int64, int64, int64, {t}[:,:])" for t in ("uint16", "uint32")))
+@compiled(*(f"void(uint8[:,:], {t}[:,:,::1], int64, int64, int64, int64, {t}[:,:])" for t in ("uint16", "uint32")))
 def decode_blocks(
     codes: np.ndarray, tables: np.ndarray, row: int, column: int, block_rows: int, block_columns: int, out: np.ndarray
 ) -> None:
@@ -76,7 +76,7 @@ def decode_blocks(
                         target[y, x] = table[source[y, x]]
 
 
-@_compiled(*(f"void({t}[:,:], {t}[:,:])" for t in ("uint8", "uint16", "uint32")))
+@compiled(*(f"void({t}[:,:], {t}[:,:])" for t in ("uint8", "uint16", "uint32")))
 def copy_strips(source: np.ndarray, out: np.ndarray) -> None:
     """out = source, both [rows, columns]; as decode_blocks, fast where a column of `out` lies together."""
     for strip in range(0, source.shape[0], _STRIP):
@@ -86,21 +86,25 @@ def copy_strips(source: np.ndarray, out: np.ndarray) -> None:
                 to[y, x] = from_[y, x]
 
 
-@_compiled("uint8(uint8[::1])")
-def halve_codes(codes: np.ndarray) -> int:
-    """Turns FP8 e4m3 codes [n] into those of half the values, ties among the smallest to even. Returns the largest code
-    that came in, without its sign: where that is NaN, what goes out has no meaning."""
-    largest = np.uint8(0)
-    for i in range(codes.shape[0]):
-        magnitude = np.uint8(codes[i] & np.uint8(0x7F))
-        half = np.uint8((magnitude >> np.uint8(1)) + (magnitude & (magnitude >> np.uint8(1)) & np.uint8(1)))
-        half = np.uint8(magnitude - np.uint8(8)) if magnitude >= np.uint8(16) else half
-        codes[i] = np.uint8(half | (codes[i] & np.uint8(0x80)))
-        largest = max(largest, magnitude)
-    return largest
+@compiled("void(float32[:,:], int64, int64, int64, int64, int64, int64, float32[:,:])")
+def spread_scale(
+    scale: np.ndarray,
+    row: int,
+    column: int,
+    rows: int,
+    columns: int,
+    block_rows: int,
+    block_columns: int,
+    out: np.ndarray,
+) -> None:
+    """out[i, j] = the scale of the block in which the cell lies that begins at (row + j * rows, column + i * columns).
+    out: [cells along columns, cells along rows]."""
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = scale[(row + j * rows) // block_rows, (column + i * columns) // block_columns]
 
 
-@_compiled(
+@compiled(
     "void(uint8[:,:], float32[:,:], int64, int64, int64, int64, int64, float32[:,::1], float64[::1])",
     fastmath={"reassoc"},
 )
@@ -129,7 +133,7 @@ def add_by_code(
                 sums[t] += found * square
 
 
-@_compiled("void(uint8[:,:], float32[:,:], int64, int64, int64, int64, float32[:,::1])")
+@compiled("void(uint8[:,:], float32[:,:], int64, int64, int64, int64, float32[:,::1])")
 def decode_values(
     codes: np.ndarray, scale: np.ndarray, row: int, column: int, block_rows: int, block_columns: int, out: np.ndarray
 ) -> None:
@@ -147,7 +151,7 @@ def decode_values(
                 target[k] = np.float32((value if source[k] < np.uint8(0x80) else -value) * factor)
 
 
-@_compiled("void(float32[:,::1], int64, int64, uint8[:,:], float32[:,:], float64[::1])", fastmath={"reassoc"})
+@compiled("void(float32[:,::1], int64, int64, uint8[:,:], float32[:,:], float64[::1])", fastmath={"reassoc"})
 def quantize_cells(
     values: np.ndarray, cell_rows: int, cell_columns: int, codes: np.ndarray, scale: np.ndarray, sums: np.ndarray
 ) -> None:
@@ -187,41 +191,3 @@ def quantize_cells(
                 error += squares
             sums[0] += norm
             sums[1] += error * step * step
-
-
-@_compiled("void(uint64[:,:], uint64[:,:])")
-def transpose_bytes(source: np.ndarray, out: np.ndarray) -> None:
-    """out = source transposed, both [rows, columns] of bytes, eight to a word (little endian); a square of eight by
-    eight bytes at a time, in registers."""
-    one, two, four = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0000FFFF0000FFFF), np.uint64(0x00000000FFFFFFFF)
-    for strip in range(0, source.shape[0] // 8, 8):
-        for x in range(source.shape[1]):
-            for y in range(strip, min(strip + 8, source.shape[0] // 8)):
-                a, b, c, d = source[8 * y, x], source[8 * y + 1, x], source[8 * y + 2, x], source[8 * y + 3, x]
-                e, f, g, h = source[8 * y + 4, x], source[8 * y + 5, x], source[8 * y + 6, x], source[8 * y + 7, x]
-                swap = ((a >> np.uint64(8)) ^ b) & one
-                a, b = a ^ (swap << np.uint64(8)), b ^ swap
-                swap = ((c >> np.uint64(8)) ^ d) & one
-                c, d = c ^ (swap << np.uint64(8)), d ^ swap
-                swap = ((e >> np.uint64(8)) ^ f) & one
-                e, f = e ^ (swap << np.uint64(8)), f ^ swap
-                swap = ((g >> np.uint64(8)) ^ h) & one
-                g, h = g ^ (swap << np.uint64(8)), h ^ swap
-                swap = ((a >> np.uint64(16)) ^ c) & two
-                a, c = a ^ (swap << np.uint64(16)), c ^ swap
-                swap = ((b >> np.uint64(16)) ^ d) & two
-                b, d = b ^ (swap << np.uint64(16)), d ^ swap
-                swap = ((e >> np.uint64(16)) ^ g) & two
-                e, g = e ^ (swap << np.uint64(16)), g ^ swap
-                swap = ((f >> np.uint64(16)) ^ h) & two
-                f, h = f ^ (swap << np.uint64(16)), h ^ swap
-                swap = ((a >> np.uint64(32)) ^ e) & four
-                a, e = a ^ (swap << np.uint64(32)), e ^ swap
-                swap = ((b >> np.uint64(32)) ^ f) & four
-                b, f = b ^ (swap << np.uint64(32)), f ^ swap
-                swap = ((c >> np.uint64(32)) ^ g) & four
-                c, g = c ^ (swap << np.uint64(32)), g ^ swap
-                swap = ((d >> np.uint64(32)) ^ h) & four
-                d, h = d ^ (swap << np.uint64(32)), h ^ swap
-                out[8 * x, y], out[8 * x + 1, y], out[8 * x + 2, y], out[8 * x + 3, y] = a, b, c, d
-                out[8 * x + 4, y], out[8 * x + 5, y], out[8 * x + 6, y], out[8 * x + 7, y] = e, f, g, h

@@ -7,17 +7,17 @@ the largest of a cell to 240. Nothing is ever cut off.
 Rows and columns are those of the source [output, input]; codes and scales lie transposed, [input, output].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from ..errors import CheckpointError
 from .fp8 import CODE_VALUES
-from .numba_kernels import add_by_code, copy_strips, halve_codes, quantize_cells, transpose_bytes
-from .units import Range, Region
+from .numba_kernels import add_by_code, quantize_cells
+from .units import Range
 
 _STRIP = 1 << 16  # weights in float32 at a time
-_EACH, _MEASURED = 16, 1 << 12  # halving is exact by design: of so many rows one is measured, if weights are many
+_EACH, _MEASURED = 64, 1 << 12  # halving is exact by design: of so many rows one is measured, if weights are many
 _LOSSY = (np.arange(256) % 128 < 16) & (np.arange(256) % 2 == 1)  # each is off by 2**-9
 _SQUARES_AND_LOST = np.array([CODE_VALUES**2, np.where(_LOSSY, 2.0**-18, 0)], np.float32)
 
@@ -35,36 +35,12 @@ def lies_within(extent: Range, size: int, block: int) -> bool:
     return bool((starts // block == (starts + size - 1) // block).all())
 
 
-def lie_within(regions: Sequence[Region], slot: int, scale_shape: tuple[int, ...], block: tuple[int, int]) -> bool:
-    """The same for all that regions take of a source, `slot`; scale_shape: [rows, columns] of each region."""
-    for region in regions:
-        size = region.columns // scale_shape[1], (region.stop - region.start) // scale_shape[0]
-        pieces = (piece.source for piece in region.pieces if piece.block == slot)
-        if not all(lies_within(*pair) for piece in pieces for pair in zip(piece, size, block, strict=True)):
-            return False
-    return True
-
-
-def scale_of_cells(
-    scale: np.ndarray, rows: Range, columns: Range, size: tuple[int, int], block: tuple[int, int]
-) -> np.ndarray:
-    """The checkpoint's own scale of each cell, [cells along rows, cells along columns]."""
-    return scale[np.ix_(np.arange(*rows, size[0]) // block[0], np.arange(*columns, size[1]) // block[1])]
-
-
 def measure(codes: np.ndarray, scale: np.ndarray, row: int, column: int, block: tuple[int, int]) -> np.ndarray:
     """[sum of squares, sum of squares of what halving loses] of a window of the checkpoint's codes, by some of its rows
     if they are many."""
     step, sums = min(_EACH, max(1, codes.size // _MEASURED), len(codes)), np.zeros(2)
     add_by_code(codes, scale, row, column, *block, step, _SQUARES_AND_LOST, sums)
     return sums * (len(codes) / len(range(0, len(codes), step)))
-
-
-def halved(codes: np.ndarray) -> np.ndarray:
-    """The codes [rows, columns] of half the values, for scales of double the size."""
-    result = codes.copy()
-    halve_codes(result.reshape(-1))
-    return result
 
 
 def quantize_strips(
@@ -96,12 +72,11 @@ def strip_rows(columns: Range) -> int:
     return max(1, _STRIP // max(1, columns[1] - columns[0]))
 
 
-def transpose(source: np.ndarray, out: np.ndarray) -> None:
-    """Bytes [rows, columns] to [columns, rows]; eight by eight at a time where sizes and addresses allow."""
-    if all(n % 8 == 0 for n in (*source.shape, *out.strides[:1], out.ctypes.data)):
-        transpose_bytes(source.view(np.uint64), out.view(np.uint64))
-    else:
-        copy_strips(source, out.T)
+def transpose(source: np.ndarray, out: np.ndarray, halve: bool = False) -> None:
+    """Codes [rows, columns] to [columns, rows], or to those of half the values."""
+    from .byte_squares import transpose_codes  # with numba, only where there is work
+
+    transpose_codes(source, out, halve)
 
 
 def check_scale(scale: np.ndarray, what: str) -> None:
