@@ -100,6 +100,20 @@ def test_halving_changes_exactly_the_known_codes():
     assert int((halved & 0x7F).max()) < EXPONENT_15
 
 
+@pytest.mark.parametrize("halve", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (32, 300), (15, 17), (33, 65), (130, 32), (300, 8)])
+def test_codes_of_any_shape_are_transposed(shape, halve):
+    """Squares of sixteen, what is left at the edges, and nothing beside them."""
+    codes = torch.arange(400 * 400, dtype=torch.int32).mul(2654435761).bitwise_right_shift(7).to(torch.uint8)
+    codes = torch.where(codes & 0x7F == 0x7F, 1, codes).view(400, 400)[3 : 3 + shape[0], 5 : 5 + shape[1]]
+    out = torch.full((shape[1] + 2, shape[0] + 2), 99, dtype=torch.uint8)
+    transpose(codes.numpy(), out.numpy()[1:-1, 1:-1], halve)
+    values = codes.T.contiguous().view(torch.float8_e4m3fn).float()
+    expected = torch.full_like(out, 99)
+    expected[1:-1, 1:-1] = (values / 2 if halve else values).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(out, expected)
+
+
 def equals_the_source(tensors, source, rank, tp_degree):
     """Whether a rank's codes and scales are the halved and doubled ones of its slice of the checkpoint."""
     halved, scales = (rank_slice(*source[kind], rank, tp_degree) for kind in ("halved", "scales"))
