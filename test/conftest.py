@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -12,3 +14,11 @@ pytest_plugins = ["support.results_csv"]
 
 # The models are too small for a second thread to pay.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def end_groups_of_ranks():
+    """Of a module: its tests share them."""
+    yield
+    if "support.ranks" in sys.modules:
+        sys.modules["support.ranks"].end_groups()

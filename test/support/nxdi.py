@@ -3,16 +3,14 @@
 import contextlib
 import importlib
 import importlib.metadata
-import inspect
 import os
-import pathlib
-import sys
-import tempfile
 
 import torch
 from nxdi_deepseek.device_graphs import process, rank_zero
 from nxdi_deepseek.without_sdk import cpu_mode
 from nxdi_deepseek.without_sdk.nxdi_source import NxDINotFound
+
+from support import ranks
 
 _rank_zero = contextlib.ExitStack()
 
@@ -95,39 +93,7 @@ def follow_buckets(model):
 
 
 def run_parallel(function, tp_degree, *args, initialize=init_cpu_parallel):
-    """Call function(*args) on every rank of a new group of processes; returns the ranks' results in order. On device
-    graphs one process has all ranks.
-
-    initialize(tp_degree, init_method) joins the process group; by default it sets up NxDI.
-
-    `function` stands at the top level of a file, such as a test module; arguments and results can be pickled.
-    """
+    """See ranks.run; by default the ranks set up NxDI. On device graphs one process has all ranks."""
     if process.is_prepared():
         return [function(*args)]
-    # Named by file: pytest may know the test module by a name that the new processes cannot import.
-    worker = (inspect.getsourcefile(function), function.__name__)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_rank, (worker, initialize, tp_degree, folder, args), nprocs=tp_degree)
-        return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(tp_degree)]
-
-
-def _run_rank(rank, worker, initialize, tp_degree, folder, args):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp_degree))
-    initialize(tp_degree, init_method=f"file://{folder}/rendezvous")
-    torch.save(_load_function(*worker)(*args), _result_path(folder, rank))
-    # A rank that leaves early takes its peers' connections with it.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def _load_function(path, name):
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return getattr(module, name)
-
-
-def _result_path(folder, rank):
-    return os.path.join(folder, f"rank{rank}.pt")
+    return ranks.run(function, tp_degree, *args, initialize=initialize)
