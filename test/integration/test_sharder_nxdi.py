@@ -10,11 +10,15 @@ from support import nxdi
 
 nxdi.require_nxdi()
 
+from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint  # noqa: E402
 from nxdi_deepseek.modeling_deepseek import NeuronDeepseekV3ForCausalLM  # noqa: E402
+from nxdi_deepseek.weight_forms import FORMS  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from support.dequantized import write_dequantized  # noqa: E402
 from support.encodings import ENCODINGS, FP8_CONFIG, write_encoded  # noqa: E402
 from support.models import CONFIGS, greedy, load_config, load_model, random_prompts  # noqa: E402
+from support.parity_suite import assert_same_choice, teacher_forced  # noqa: E402
 
 VARIANTS = ("no q_lora (Moonlight)", "attention_bias", "tied embeddings", "no dense layer", "two shared experts")
 
@@ -108,9 +112,14 @@ def test_compile_takes_over_rank_files_that_were_copied(checkpoint, tmp_path):
     assert path.stat().st_mtime_ns == written
 
 
-def generate_from_rank_file(model_dir, out_dir, prompts):
-    """Runs in a process of its own. NxDI's CPU mode has no loading of rank files, so they replace what it loaded."""
-    model = load_model(model_dir, batch_size=len(prompts), tp_degree=2)
+def generate_from_rank_files(model_dir, out_dirs, prompts):
+    """Tokens and logits by form of weights. Runs in a process of its own. NxDI's CPU mode has no loading of rank files,
+    so they replace what it loaded."""
+    return {form: generate_from_rank_file(model_dir, out_dir, prompts, form) for form, out_dir in out_dirs.items()}
+
+
+def generate_from_rank_file(model_dir, out_dir, prompts, form):
+    model = load_model(model_dir, batch_size=len(prompts), tp_degree=2, weights=form)
     file = f"{out_dir}/weights/tp{torch.distributed.get_rank()}_sharded_checkpoint.safetensors"
     for wrapper in model.models:
         for name, parameter in wrapper.model.named_parameters():
@@ -119,12 +128,20 @@ def generate_from_rank_file(model_dir, out_dir, prompts):
         missing, unexpected = wrapper.model.load_state_dict(load_file(file), strict=False)
         assert not unexpected
         assert all(name.startswith("kv_mgr.") for name in missing)
-    return greedy(model, prompts, 8)[0].tolist()
+    return greedy(model, prompts, 8)
 
 
-def test_nxdi_generates_the_same_tokens_from_rank_files(checkpoint, tmp_path):
-    model_dir = checkpoint("v3", "FP8, float32 scales")
-    shard_checkpoint(model_dir, tmp_path, 2, "float32")
-    prompts = random_prompts((6, 11))
-    expected = greedy(load_model(model_dir, batch_size=2), prompts, 8)[0].tolist()
-    assert nxdi.run_parallel(generate_from_rank_file, 2, str(model_dir), str(tmp_path), prompts) == [expected, expected]
+def test_nxdi_generates_from_rank_files_what_hugging_face_does(checkpoint, tmp_path):
+    """Of FP8, on the values of the codes and scales in the files."""
+    model_dir, prompts = checkpoint("v3", "FP8, float32 scales"), random_prompts((6, 11))
+    judges, out_dirs = {"bf16": model_dir}, {form: str(tmp_path / form) for form in FORMS}
+    for form, out_dir in out_dirs.items():
+        shard_checkpoint(model_dir, out_dir, 2, "float32", weights=form)
+        if form != "bf16":
+            ranks = [load_file(f"{out_dir}/weights/tp{rank}_sharded_checkpoint.safetensors") for rank in range(2)]
+            judges[form] = write_dequantized(tmp_path / f"{form} dequantized", model_dir, ranks)
+    for found in nxdi.run_parallel(generate_from_rank_files, 2, str(model_dir), out_dirs, prompts):
+        for form, (tokens, logits) in found.items():
+            reference = hugging_face_model(judges[form])
+            for row, prompt in enumerate(prompts):
+                assert_same_choice(tokens[row], logits[row], teacher_forced(reference, prompt, tokens[row]))

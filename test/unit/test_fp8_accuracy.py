@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from nxdi_deepseek.tiny_model import TINY_MODEL_DIR
 from support.models import load_model
+from support.products import FastProducts
 
 from tools.train_tiny.evaluate import WINDOW, excerpt_stream
 from tools.train_tiny.train import heldout_windows
@@ -33,8 +34,9 @@ def perplexity(weights, dtype):
     for windows in heldout_windows(excerpt_stream(TINY_MODEL_DIR), WINDOW).split(_BATCH):
         model.reset()
         inputs = windows[:, :-2]
-        model(input_ids=inputs, position_ids=torch.arange(WINDOW).expand_as(inputs))
-        logits = model.model.lm_head(hidden.pop()).float()
+        with FastProducts():
+            model(input_ids=inputs, position_ids=torch.arange(WINDOW).expand_as(inputs))
+            logits = model.model.lm_head(hidden.pop()).float()
         losses.append(F.cross_entropy(logits.flatten(0, 1), windows[:, 1:-1].flatten(), reduction="none"))
     hook.remove()
     return math.exp(torch.cat(losses).double().mean())
