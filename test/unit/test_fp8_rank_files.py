@@ -9,16 +9,19 @@ from nxdi_deepseek.checkpoint import sharder
 from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.checkpoint.plan import ShardPlan
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
+from nxdi_deepseek.checkpoint.synthetic import write_sparse_checkpoint
 from nxdi_deepseek.checkpoint.unsharder import unshard
 from nxdi_deepseek.checkpoint.verifier import verify_shards
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import CheckpointError, ConfigError
+from nxdi_deepseek.example_configs import RELEASED_CONFIG
 from nxdi_deepseek.model_config import load_model_config
 from nxdi_deepseek.rank_files import check_rank_files
 from nxdi_deepseek.weight_forms import FORMS
 from safetensors.torch import load_file, save_file
 from support.encodings import FP8_CONFIG, edit, write_encoded
 from support.fp8_experts import dequantized, rank_file, stored_tensors
+from support.memory import peak_memory_growth
 
 FP8_FORMS = [name for name, form in FORMS.items() if form.is_fp8]
 CONFIG = FP8_CONFIG | {"moe_intermediate_size": 64}
@@ -187,3 +190,23 @@ def test_a_nan_code_names_its_tensor(tmp_path, weights, code, projection):
     edit(write_encoded(tmp_path / "model", "FP8, float32 scales", CONFIG), damage)
     with pytest.raises(CheckpointError, match=f"{name}: holds NaN"):
         shard_checkpoint(tmp_path / "model", tmp_path / "out", 4, weights=weights)
+
+
+def test_int4_to_fp8_at_kimi_s_sizes_stays_under_2_gib(tmp_path):
+    """Memory is that of the experts in work, not of the layer's 384; sixteen threads ask for more than two cores do."""
+    fields = RELEASED_CONFIG | {
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "n_routed_experts": 16,
+        "num_hidden_layers": 1,
+        "num_nextn_predict_layers": 0,
+        "quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        "topk_group": 1,
+        "vocab_size": 64,
+    }
+    model_dir, out_dir = tmp_path / "holes", tmp_path / "out"
+    model_dir.mkdir()
+    write_sparse_checkpoint(model_dir, fields, shards=1)
+    grown = peak_memory_growth(shard_checkpoint, model_dir, out_dir, 64, ranks=[0], jobs=16, weights="fp8")
+    assert rank_file(out_dir, 0)["layers.0.mlp.expert_mlps.mlp_op.down_proj.weight"].shape == (16, 32, 7168)
+    assert 0 < grown < 2 << 30
