@@ -7,8 +7,8 @@ GRAPHS := $(VENV)-graphs
 # A graph that hangs is a failure after so many seconds.
 GRAPH_TIMEOUT ?= 900
 WITHOUT_TRANSFORMERS := sharder* checkpoint_checks mutated_files one_verdict rank_file_identity parallel planning \
-  load_check structure start_up fp8 fp8_values fp8_rank_files fp8_experts weight_forms compressed_checkpoints \
-  expert_kernel graph_cost progress_bar without_sdk mla
+  load_check structure start_up fp8 fp8_accuracy fp8_values fp8_rank_files fp8_experts weight_forms \
+  compressed_checkpoints expert_kernel graph_cost progress_bar without_sdk mla
 GRAPH_TESTS := $(wildcard test/device_graphs/test_*.py)
 
 .PHONY: demo test test-newest-transformers graph-env test-graphs $(GRAPH_TESTS) lint clean
@@ -21,7 +21,8 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest test/unit
 	$(BIN)/python -m pytest test/integration
 
-# Without the tests of checkpoints, plans and graphs, which know nothing of transformers.
+# Without the tests of checkpoints, plans and graphs, which know nothing of transformers, and those that take nothing but
+# a tokenizer from it.
 test-newest-transformers: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest test/unit $(patsubst %,--ignore-glob='*/test_%.py',$(WITHOUT_TRANSFORMERS))
 
