@@ -27,6 +27,7 @@ from nxdi_deepseek.planning.prompt_graph import largest_tensor, prompt_tensors  
 from nxdi_deepseek.planning.rank_memory import cache_bytes_per_token  # noqa: E402
 from nxdi_deepseek.planning.weight_parts import weight_bytes  # noqa: E402
 from nxdi_deepseek.weight_forms import BF16  # noqa: E402
+from support.released_sizes import SIZES  # noqa: E402
 
 SHARDED_BY_INTERMEDIATE = {
     "blockwise_matmul_config": {"use_shard_on_intermediate_dynamic_while": True, "block_size": 256}
@@ -123,6 +124,21 @@ def test_dot_flops_follow_from_the_config(cost, graph):
     counted = cost(formula.__name__, *sizes)
     assert sum(counted.dot_flops.values()) == formula(*sizes)
     assert counted.flop_counter == formula(*sizes)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize(("part", "tp_degree"), [("attention", 8), ("attention", 64), ("moe", 64)])
+def test_padded_heads_cost_what_as_many_heads_do(lowerer, part, phase, tp_degree):
+    """20 heads on 8 and on 64 ranks. The collectives are those of 4 ranks, which share the heads without padding."""
+
+    def counted(tp_degree, heads=20):
+        config = SIZES["GLM-4.7-Flash"] | {"num_attention_heads": heads}
+        return lowerer.cost(Request(part, phase, 512, 1, tp_degree=tp_degree, config=config))
+
+    padded = counted(tp_degree)
+    assert padded == counted(tp_degree, heads=-(-20 // tp_degree) * tp_degree)
+    kinds = [sorted((item.kind, item.count) for item in cost.collectives) for cost in (padded, counted(4))]
+    assert kinds[0] == kinds[1]
 
 
 def test_kernel_flops_follow_from_the_blocks(cost):

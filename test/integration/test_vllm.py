@@ -183,6 +183,14 @@ def test_what_cannot_work_stops_the_start(tmp_path, checkpoint, arguments, messa
     assert message in log
 
 
+def test_heads_that_ranks_do_not_divide_are_no_reason_to_refuse(tmp_path):
+    """vLLM alone says that 5 must be divisible by 2. What stops it is the CPU mode's single process."""
+    model = write_served_checkpoint(tmp_path / "model", num_attention_heads=5)
+    tokens, log = run_offline(tmp_path, engine(model, tensor_parallel_size=2), PROMPTS[:1])
+    assert tokens is None
+    assert "tp_degree 2 needs as many processes" in log
+
+
 @pytest.fixture(scope="module")
 def server(checkpoint, tmp_path_factory):
     """`vllm serve` on a free port: its address."""
