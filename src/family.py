@@ -130,17 +130,18 @@ ARCHITECTURES = tuple(dict.fromkeys(name for names in _NAMES for name in names))
 # Fields that a wrapper may state for its text model.
 _OF_BOTH = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
 _OF_BOTH += ("bos_token_id", "eos_token_id", "pad_token_id")
-# Relatives that differ by more than config: model_type -> what is not implemented.
-_SPARSE = "sparse attention (its indexer)"
+# Relatives that differ by more than config: model_type -> what is (or are) not implemented.
+_SPARSE = "sparse attention (its indexer) is"
 _NOT_IMPLEMENTED = {
     "deepseek_v32": _SPARSE,
     "glm_moe_dsa": _SPARSE,
     "glm5_next": _SPARSE,
     "axk2": _SPARSE,
     "mistral_large4": _SPARSE,
-    "deepseek_v4": "compressed and hybrid attention",
-    "longcat_flash": "zero experts and two attentions in a layer",
-    "kimi_linear": "linear attention",
+    "deepseek_v4": "compressed and hybrid attention is",
+    "longcat_flash": "zero experts and two attentions in a layer are",
+    "kimi_linear": "linear attention is",
+    "kimi_k3": "linear attention is",
 }
 
 
@@ -148,7 +149,7 @@ def member_of(model_type: str) -> Member:
     """The row of a model_type. Raises ConfigError for one that is not supported."""
     if model_type in _NOT_IMPLEMENTED:
         what = _NOT_IMPLEMENTED[model_type]
-        raise ConfigError(f"config.json: model_type {model_type!r} is not supported: {what} is not implemented")
+        raise ConfigError(f"config.json: model_type {model_type!r} is not supported: {what} not implemented")
     if model_type not in FAMILY:
         raise ConfigError(
             f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}"

@@ -145,12 +145,15 @@ class ModelConfig:
         scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
         return scale if self.rope_scaling is None else scale * self.rope_scaling.softmax_factor
 
+    def padded_heads(self, tp_degree: int) -> int:
+        """The attention heads of all ranks together: as many on each, so that the last may be zeros."""
+        return -(-self.num_attention_heads // tp_degree) * tp_degree
+
     def check_tensor_parallel(self, tp_degree: int) -> None:
-        """Raises ConfigError naming the fields that `tp_degree` ranks cannot share."""
+        """Raises ConfigError naming the fields that `tp_degree` ranks cannot share. Heads are padded."""
         if tp_degree < 1:
             raise ConfigError(f"tp_degree {tp_degree} must be at least 1")
         sizes = {
-            "num_attention_heads": self.num_attention_heads,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
             "moe_intermediate_size": self.moe_intermediate_size,

@@ -77,7 +77,8 @@ class DeepseekV3Attention(nn.Module):
     """Multi-head latent attention: expanded for prompts, absorbed over the latent cache for decoding.
 
     The down-projections of queries and keys are one matrix, split over the ranks by rows; a small gather of the latents
-    follows. Heads are split over the ranks.
+    follows. Heads are split over the ranks, as many on each: those that the model lacks have zeros for weights, so that
+    their scores are 0 and their values too.
     """
 
     def __init__(self, config: DeepseekV3InferenceConfig):
@@ -85,13 +86,13 @@ class DeepseekV3Attention(nn.Module):
         model, neuron_config = config.model, config.neuron_config
         self.q_lora_rank, self.kv_lora_rank = model.q_lora_rank, model.kv_lora_rank
         self.nope_dim, self.rope_dim, self.v_dim = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
-        self.num_heads = model.num_attention_heads // neuron_config.tp_degree
+        heads, dtype = model.padded_heads(neuron_config.tp_degree), neuron_config.torch_dtype
+        self.num_heads = heads // neuron_config.tp_degree
         self.softmax_scale = model.softmax_scale
         rope = model.rope_scaling
         self.query_growth = (rope.llama_4_scaling_beta, rope.original_max_position_embeddings) if rope else (None, 0)
         self.sequence_parallel = neuron_config.sequence_parallel_enabled
 
-        heads, dtype = model.num_attention_heads, neuron_config.torch_dtype
         column = {"bias": False, "gather_output": False, "dtype": dtype}
         norm = backend.rmsnorm_cls()
         self.qkv_a_proj = backend.ColumnParallelLinear(

@@ -128,6 +128,8 @@ def _make(
 ) -> np.ndarray | None:
     """Fills `out`, and `scale` if there is one: then it returns the sums of EncodedRows.quantize."""
     if scale is None:
+        if region.is_padded:
+            out[...] = 0
         for piece in region.pieces:
             (top, bottom), (left, right) = piece.target
             sources[piece.block].paste(*piece.source, out[top:bottom, left:right])

@@ -106,6 +106,8 @@ class TensorSpec:
     partition_dim: axis that tensor parallelism splits, None for a copy on every rank. stride 2 splits each half of that
     axis on its own and joins the two pieces ([gate | up] stays [gate_rank | up_rank]). float32: keeps that dtype
     whatever the model's. scale: the tensor holds FP8 codes (weight_forms.py), and its scale is a tensor beside it.
+    head_size: what an attention head has of that axis; ranks hold whole heads. padding: zeros behind the sources on
+    that axis, of heads that the model does not have.
     """
 
     name: str
@@ -115,6 +117,8 @@ class TensorSpec:
     stride: int = 1
     float32: bool = False
     scale: ExpertScale | None = None
+    head_size: int | None = None
+    padding: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,7 +127,10 @@ class TensorSpec:
             return len(self.sources) // 2, rest[0], 2 * rows
         if self.combine is Combine.EXPERTS_DOWN:
             return len(self.sources), rest[0], rows
-        return sum(source.shape[0] for source in self.sources), *rest
+        shape = [sum(source.shape[0] for source in self.sources), *rest]
+        if self.padding:
+            shape[self.partition_dim] += self.padding
+        return tuple(shape)
 
     @property
     def numel(self) -> int:
@@ -174,11 +181,13 @@ class TensorSpec:
 
 
 def in_form(specs: Iterable[TensorSpec], form: WeightForm, config: ModelConfig, tp_degree: int) -> Iterator[TensorSpec]:
-    """The specs with the routed experts in a form for `tp_degree` ranks."""
+    """The specs as `tp_degree` ranks share them: the routed experts in a form, as many heads on each rank."""
     projections = {Combine.EXPERTS_GATE_UP: GATE_UP, Combine.EXPERTS_DOWN: DOWN}
+    padding = config.padded_heads(tp_degree) - config.num_attention_heads
     for spec in specs:
-        projection = projections.get(spec.combine)
-        yield replace(spec, scale=form.scale(projection, config, tp_degree)) if projection else spec
+        if projection := projections.get(spec.combine):
+            spec = replace(spec, scale=form.scale(projection, config, tp_degree))
+        yield replace(spec, padding=padding * spec.head_size) if spec.head_size else spec
 
 
 def rank_layout(
@@ -271,16 +280,16 @@ def _attention(config: ModelConfig, neuron: str, hf: str) -> Iterator[TensorSpec
     D, P, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     down = [("kv_a_proj_with_mqa", R + P)]
     if Q is None:
-        yield _spec(neuron + "q_proj.weight", hf + "q_proj.weight", (N * (D + P), H), partition_dim=0)
+        yield _of_heads(neuron + "q_proj.weight", hf + "q_proj.weight", (N * (D + P), H), 0, D + P)
     else:
         down.insert(0, ("q_a_proj", Q))
         yield _spec(neuron + "q_a_layernorm.weight", hf + "q_a_layernorm.weight", (Q,))
-        yield _spec(neuron + "q_b_proj.weight", hf + "q_b_proj.weight", (N * (D + P), Q), partition_dim=0)
+        yield _of_heads(neuron + "q_b_proj.weight", hf + "q_b_proj.weight", (N * (D + P), Q), 0, D + P)
     weights = tuple(Source(f"{hf}{name}.weight", (rows, H)) for name, rows in down)
     yield TensorSpec(neuron + "qkv_a_proj.weight", weights, partition_dim=0)
     yield _spec(neuron + "kv_a_layernorm.weight", hf + "kv_a_layernorm.weight", (R,))
-    yield _spec(neuron + "kv_b_proj.weight", hf + "kv_b_proj.weight", (N * (D + V), R), partition_dim=0)
-    yield _spec(neuron + "o_proj.weight", hf + "o_proj.weight", (H, N * V), partition_dim=1)
+    yield _of_heads(neuron + "kv_b_proj.weight", hf + "kv_b_proj.weight", (N * (D + V), R), 0, D + V)
+    yield _of_heads(neuron + "o_proj.weight", hf + "o_proj.weight", (H, N * V), 1, V)
     if config.attention_bias:
         biases = tuple(Source(f"{hf}{name}.bias", (rows,)) for name, rows in down)
         yield TensorSpec(neuron + "qkv_a_proj.bias", biases, partition_dim=0)
@@ -312,6 +321,10 @@ def _mlp(neuron: str, hf: str, hidden: int, intermediate: int) -> Iterator[Tenso
     for proj in ("gate_proj.weight", "up_proj.weight"):
         yield _spec(neuron + proj, hf + proj, (intermediate, hidden), partition_dim=0)
     yield _spec(neuron + "down_proj.weight", hf + "down_proj.weight", (hidden, intermediate), partition_dim=1)
+
+
+def _of_heads(name: str, source: str, shape: tuple[int, ...], partition_dim: int, head_size: int) -> TensorSpec:
+    return TensorSpec(name, (Source(source, shape),), partition_dim=partition_dim, head_size=head_size)
 
 
 def _spec(name: str, source: str, shape: tuple[int, ...], partition_dim: int | None = None) -> TensorSpec:

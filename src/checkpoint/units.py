@@ -6,6 +6,7 @@ All positions are in a tensor's grid [experts, rows, columns], see layout.Grid.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 from .layout import Grid, Source, TensorSpec
 
@@ -26,12 +27,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Region:
-    """The rows of a rank's tensor that one unit produces; contiguous in the rank's file."""
+    """The rows of a rank's tensor that one unit produces; contiguous in the rank's file. Zero where no piece lies."""
 
     start: int
     stop: int
     columns: int
     pieces: tuple[Piece, ...]
+
+    @property
+    def is_padded(self) -> bool:
+        covered = sum(prod(stop - start for start, stop in piece.target) for piece in self.pieces)
+        return covered < (self.stop - self.start) * self.columns
 
 
 @dataclass(frozen=True)

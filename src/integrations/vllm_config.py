@@ -32,6 +32,7 @@ class ServingChecks:
         from vllm.platforms import current_platform
 
         if type(current_platform).__module__.startswith("vllm_neuron"):
+            pad_heads(vllm_config)
             check_features(vllm_config)
             check_limits(vllm_config)
             from .vllm_memory import check_memory_plan
@@ -41,6 +42,13 @@ class ServingChecks:
     def _call_vllms_own(self, method: str, config: Any) -> None:
         if hasattr(self.vllms_own, method):
             getattr(self.vllms_own, method)(config)
+
+
+def pad_heads(vllm_config: Any) -> None:
+    """Tells vLLM the number of heads that the ranks hold together: it refuses one that they do not divide. The plugin
+    reads the model's own config.json for NxDI."""
+    text, ranks = vllm_config.model_config.hf_text_config, vllm_config.parallel_config.tensor_parallel_size
+    text.num_attention_heads = -(-text.num_attention_heads // ranks) * ranks
 
 
 def check_features(vllm_config: Any) -> None:

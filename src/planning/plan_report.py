@@ -9,6 +9,7 @@ from ..model_config import ModelConfig
 from ..weight_forms import FORMS
 from .command_lines import command_lines
 from .fitting import BATCHES, largest_batch_size, largest_seq_len, lengths, nearest_that_fits, possible_tp_degrees
+from .head_padding import HeadPadding, head_padding
 from .host_needs import HostNeeds, host_needs
 from .instances import Instance
 from .rank_memory import CompiledShape, RankMemory, cache_bytes_per_token, rank_memory
@@ -28,6 +29,7 @@ class MemoryPlan:
     instance: Instance
     shape: CompiledShape
     memory: RankMemory
+    padding: HeadPadding
     cache_per_token: int
     seq_lens: dict[int, int]
     batch_sizes: dict[int, int]
@@ -48,6 +50,7 @@ def make_memory_plan(
         instance=instance,
         shape=shape,
         memory=memory,
+        padding=head_padding(config, shape),
         cache_per_token=cache_bytes_per_token(config, shape.dtype),
         seq_lens={batch: largest_seq_len(config, shape.with_(batch_size=batch), instance) for batch in BATCHES},
         batch_sizes={n: largest_batch_size(config, shape.with_(seq_len=n), instance) for n in lengths(config)},
@@ -91,6 +94,7 @@ def _text_lines(plan: MemoryPlan) -> Iterator[str]:
     spare = f"{abs(memory.free) / 1e9:.2f}"
     verdict = f"fits, {spare} free" if memory.fits else f"DOES NOT FIT, {spare} too much"
     yield f"  {'all':<16}{memory.total / 1e9:9.3f}  of {memory.capacity / 1e9:.0f}: {verdict}"
+    yield from _padding_lines(plan.padding, shape.tp_degree)
     if plan.nearest:
         yield f"  what does: {', or '.join(plan.nearest)}"
     yield ""
@@ -104,6 +108,14 @@ def _text_lines(plan: MemoryPlan) -> Iterator[str]:
     yield from _host_lines(plan)
     for what, line in plan.commands.items():
         yield f"\n# {what}\n{line}"
+
+
+def _padding_lines(padding: HeadPadding, tp_degree: int) -> Iterator[str]:
+    if padding.bytes:
+        yield (
+            f"  {padding.heads} heads padded to {padding.padded}, {padding.padded // tp_degree} on each rank: "
+            f"{padding.share:.1%} of their work and {padding.bytes / 1e9:.3f} GB of all ranks' weights are zeros"
+        )
 
 
 def _bars(figures: dict[str, int]) -> Iterator[str]:
@@ -169,6 +181,7 @@ def plan_json(plan: MemoryPlan) -> dict[str, Any]:
             "capacity": plan.memory.capacity,
             "fits": plan.memory.fits,
         },
+        "padding": asdict(plan.padding),
         "cache_per_token": plan.cache_per_token,
         "largest_seq_len": plan.seq_lens,
         "largest_batch_size": plan.batch_sizes,

@@ -20,7 +20,7 @@ def prompt_tensors(
     `length` tokens. Steps whose layers the model lacks are left out."""
     item, tokens = BY_TORCH[dtype].item_bytes, batch * length
     hidden = tokens * config.hidden_size
-    heads = batch * config.num_attention_heads // tp_degree or 1
+    heads = batch * config.padded_heads(tp_degree) // tp_degree
     scores = heads * _query_rows(length) * length
     key = config.qk_nope_head_dim + config.qk_rope_head_dim
     steps = {

@@ -4,7 +4,7 @@ import pytest
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.example_configs import WIDE_CONFIG
 from support.device_graphs import assert_equals_hugging_face, load, written
-from support.models import V3, random_prompts
+from support.models import CONFIGS, V3, random_prompts
 
 PROMPTS = (6, 14)
 # The expert kernel takes hidden sizes of whole 512s, and 16 columns and more on each rank.
@@ -26,7 +26,11 @@ def test_sequence_parallel_equals_hugging_face(tmp_path, config, tp_degree):
     assert_ranks_equal_hugging_face(written(tmp_path, config), config, tp_degree, SEQUENCE_PARALLEL)
 
 
-@pytest.mark.parametrize(("config", "tp_degree"), [(V3, 4), (WIDE_CONFIG, 64)], ids=["TP 4", "TP 64"])
+@pytest.mark.parametrize(
+    ("config", "tp_degree"),
+    [(V3, 4), (CONFIGS["five heads"], 4), (WIDE_CONFIG, 64)],
+    ids=["TP 4", "TP 4, 5 heads", "TP 64"],
+)
 def test_rank_files_of_shard_equal_hugging_face(tmp_path, config, tp_degree):
     model_dir, compiled = written(tmp_path, config), tmp_path / "compiled"
     assert main(["shard", str(model_dir), str(compiled), "--tp-degree", str(tp_degree), "--dtype", "float32"]) == 0

@@ -17,6 +17,7 @@ if stand_ins.is_stand_in(importlib.import_module("torch_xla")):
 from nxdi_deepseek.errors import GraphCostError  # noqa: E402
 from nxdi_deepseek.example_configs import RELEASED_CONFIG as C  # noqa: E402
 from nxdi_deepseek.expert_kernel import expert_kernel_cost  # noqa: E402
+from nxdi_deepseek.family import text_fields  # noqa: E402
 from nxdi_deepseek.graph_cost.lowerer import Lowerer  # noqa: E402
 from nxdi_deepseek.graph_cost.request import Request  # noqa: E402
 from nxdi_deepseek.graph_cost.risk import format_risks  # noqa: E402
@@ -27,6 +28,8 @@ from nxdi_deepseek.planning.prompt_graph import largest_tensor, prompt_tensors  
 from nxdi_deepseek.planning.rank_memory import cache_bytes_per_token  # noqa: E402
 from nxdi_deepseek.planning.weight_parts import weight_bytes  # noqa: E402
 from nxdi_deepseek.weight_forms import BF16  # noqa: E402
+from support.members import ALL  # noqa: E402
+from support.released_sizes import SIZES  # noqa: E402
 
 SHARDED_BY_INTERMEDIATE = {
     "blockwise_matmul_config": {"use_shard_on_intermediate_dynamic_while": True, "block_size": 256}
@@ -123,6 +126,36 @@ def test_dot_flops_follow_from_the_config(cost, graph):
     counted = cost(formula.__name__, *sizes)
     assert sum(counted.dot_flops.values()) == formula(*sizes)
     assert counted.flop_counter == formula(*sizes)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize(("part", "tp_degree"), [("attention", 8), ("attention", 64), ("moe", 64)])
+def test_padded_heads_cost_what_as_many_heads_do(lowerer, part, phase, tp_degree):
+    """20 heads on 8 and on 64 ranks. The collectives are those of 4 ranks, which share the heads without padding."""
+
+    def counted(tp_degree, heads=20):
+        config = SIZES["GLM-4.7-Flash"] | {"num_attention_heads": heads}
+        return lowerer.cost(Request(part, phase, 512, 1, tp_degree=tp_degree, config=config))
+
+    padded = counted(tp_degree)
+    assert padded == counted(tp_degree, heads=-(-20 // tp_degree) * tp_degree)
+    kinds = [sorted((item.kind, item.count) for item in cost.collectives) for cost in (padded, counted(4))]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_layer_of_every_member_lowers(lowerer, name):
+    for phase in ("prefill", "decode"):
+        counted = lowerer.cost(Request("moe", phase, 64, 2, tp_degree=2, config=dict(text_fields(ALL[name]))))
+        assert sum(counted.dot_flops.values()) == counted.flop_counter > 0
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_layer_of_what_a_small_instance_runs_lowers(lowerer, name):
+    """trn2.3xlarge: 4 ranks."""
+    for phase in ("prefill", "decode"):
+        counted = lowerer.cost(Request("moe", phase, 512, 1, tp_degree=4, config=SIZES[name]))
+        assert sum(counted.dot_flops.values()) == counted.flop_counter > 0
 
 
 def test_kernel_flops_follow_from_the_blocks(cost):

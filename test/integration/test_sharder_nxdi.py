@@ -20,7 +20,14 @@ from support.encodings import ENCODINGS, FP8_CONFIG, write_encoded  # noqa: E402
 from support.models import CONFIGS, greedy, load_config, load_model, random_prompts  # noqa: E402
 from support.parity_suite import assert_same_choice, teacher_forced  # noqa: E402
 
-VARIANTS = ("no q_lora (Moonlight)", "attention_bias", "tied embeddings", "no dense layer", "two shared experts")
+VARIANTS = (
+    "no q_lora (Moonlight)",
+    "five heads",
+    "attention_bias",
+    "tied embeddings",
+    "no dense layer",
+    "two shared experts",
+)
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,11 @@ if not PYTHON:
 nxdi.require_nxdi()
 
 from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
+from nxdi_deepseek.family import ARCHITECTURES  # noqa: E402
 from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 from support.dequantized import parts_of, write_dequantized  # noqa: E402
+from support.members import ALL, write_member  # noqa: E402
 
 NEW_TOKENS = 12
 PROMPTS = [[5, 17, 42, 9, 88], [7], [100, 200, 300, 400, 500, 600, 700, 800, 900], [33, 44], [3] * 30]
@@ -84,9 +86,10 @@ from vllm.plugins import load_general_plugins
 load_general_plugins()
 print([name for name in ("neuronx_distributed_inference", "nxdi_deepseek.modeling_deepseek") if name in sys.modules])
 from vllm_neuron.worker import neuronx_distributed_model_loader as loader
+from nxdi_deepseek.family import ARCHITECTURES
 from nxdi_deepseek.integrations.vllm import register_model
 for _ in range(2):
-    for architecture in ("DeepseekV3ForCausalLM", "KimiK2ForCausalLM", "LlamaForCausalLM"):
+    for architecture in (*ARCHITECTURES, "LlamaForCausalLM"):
         print(loader._get_neuron_model_cls(architecture).__name__)
     register_model()
 """
@@ -96,8 +99,28 @@ def test_registration_in_the_plugins_own_table():
     """vLLM's start imports nothing of NxDI; the plugin's loader, once imported, finds the model, however often."""
     result = subprocess.run([PYTHON, "-c", REGISTRATION], env=environment(), capture_output=True, text=True)
     printed = [line for line in result.stdout.splitlines() if line.startswith(("[", "Neuron"))]
-    classes = ["NeuronDeepseekV3ForCausalLM", "NeuronDeepseekV3ForCausalLM", "NeuronLlamaForCausalLM"]
+    classes = len(ARCHITECTURES) * ["NeuronDeepseekV3ForCausalLM"] + ["NeuronLlamaForCausalLM"]
     assert printed == ["[]", *classes, *classes], result.stdout + result.stderr
+
+
+CONFIGS = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+for folder in sys.argv[1:]:
+    engine = EngineArgs(folder, dtype="float32", max_model_len=64, enable_prefix_caching=False, tensor_parallel_size=3)
+    config = engine.create_engine_config().model_config
+    print("heads:", config.architecture, config.hf_text_config.num_attention_heads)
+"""
+
+
+def test_a_config_of_every_member_starts_an_engine(tmp_path):
+    """In one process. 8 heads on 3 ranks, which vLLM alone refuses, are 9."""
+    for name in ALL:
+        write_member(tmp_path / name, name, seed=0)
+    command = [PYTHON, "-c", CONFIGS, *(tmp_path / name for name in ALL)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    printed = [line for line in result.stdout.splitlines() if line.startswith("heads: ")]
+    assert printed == [f"heads: {config['architectures'][0]} 9" for config in ALL.values()], result.stderr
 
 
 @pytest.mark.parametrize(
@@ -181,6 +204,14 @@ def test_what_cannot_work_stops_the_start(tmp_path, checkpoint, arguments, messa
     tokens, log = run_offline(tmp_path, engine(checkpoint, **arguments), PROMPTS)
     assert tokens is None
     assert message in log
+
+
+def test_heads_that_ranks_do_not_divide_are_no_reason_to_refuse(tmp_path):
+    """vLLM alone says that 5 must be divisible by 2. What stops it is the CPU mode's single process."""
+    model = write_served_checkpoint(tmp_path / "model", num_attention_heads=5)
+    tokens, log = run_offline(tmp_path, engine(model, tensor_parallel_size=2), PROMPTS[:1])
+    assert tokens is None
+    assert "tp_degree 2 needs as many processes" in log
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,18 @@ def write_served_checkpoint(model_dir, **fields):
     """Writes a checkpoint whose token i is the word `wi` (0: `<pad>`, 1: `<eos>`). Returns its path as a string."""
     config = CONFIG | fields
     write_checkpoint(model_dir, config)
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, config["vocab_size"])}
+    write_tokenizer(model_dir, config["vocab_size"])
+    return str(model_dir)
+
+
+def write_tokenizer(model_dir, vocab_size):
+    """And a generation_config.json."""
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     fast.save_pretrained(model_dir)
     (model_dir / "generation_config.json").write_text(json.dumps({"do_sample": False, "pad_token_id": 0}))
-    return str(model_dir)
 
 
 def words(tokens):

@@ -24,13 +24,13 @@ FORMATS = {
 }
 
 
-def write_compressed(model_dir, name):
+def write_compressed(model_dir, name, config=BF16_CONFIG):
     """Writes a checkpoint whose routed experts are in one of FORMATS, all else in BF16. Returns the weights of it in
     BF16, by the library, by Hugging Face name."""
     compressor, arguments, scale_dtype = FORMATS[name]
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments))
     library = BaseCompressor.get_value_from_registry(FORMATS[name][0])
-    write_checkpoint(model_dir, BF16_CONFIG)
+    write_checkpoint(model_dir, config)
     plain = {}
 
     def compress(tensors):
@@ -52,7 +52,7 @@ def write_compressed(model_dir, name):
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": arguments}},
         "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
     }
-    (model_dir / "config.json").write_text(json.dumps(BF16_CONFIG | {"quantization_config": quantization}))
+    (model_dir / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     return plain
 
 

@@ -6,21 +6,15 @@ from nxdi_deepseek import backend
 
 from support import members, models, nxdi
 from support.dequantized import parts_of, write_dequantized
-from support.members import MEMBERS, load_goldens
+from support.members import MEMBERS, SEEDS, load_goldens
 from support.models import V3, Session, load_model, random_prompts
 
 TOLERANCE = 1e-4  # as in parity_suite
-SEEDS = (0, 1)
 
 
 @pytest.fixture(scope="session")
 def released(tmp_path_factory):
-    """(member, seed) -> its folder with goldens. One process of the judge makes them all: it takes seconds to start."""
-    folders = {(name, seed): tmp_path_factory.mktemp("member") for name in MEMBERS for seed in SEEDS}
-    for (name, seed), folder in folders.items():
-        members.write_member(folder, name, seed)
-    members.write_goldens(folders.values())
-    return folders
+    return members.released(tmp_path_factory.getbasetemp())
 
 
 def fed(model, prompts, tokens):

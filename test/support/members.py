@@ -1,5 +1,6 @@
 """A tiny checkpoint of every member of the family, in the layout in which it is released, with the judge's goldens."""
 
+import functools
 import json
 import os
 import subprocess
@@ -11,9 +12,10 @@ from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from support import judge_goldens
-from support.models import V3, YARN, random_prompts
+from support.models import CONFIGS, V3, YARN, random_prompts
 
 NEW_TOKENS = 48
+SEEDS = (0, 1)
 PROMPT_LENGTHS = (9, 1, 23)
 # Where the makefile puts the environment with the newest transformers, unless a variable names its interpreter.
 NEWEST = os.environ.get(
@@ -75,11 +77,17 @@ MEMBERS = {
     "Mistral-Small-4": MISTRAL,
     "mistral4 with groups": MISTRAL | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
 }
+# And those that the parity suite compares with their judge.
+ALL = MEMBERS | {
+    "DeepSeek-V3": V3 | {"num_nextn_predict_layers": 1},
+    "Kimi-K2": CONFIGS["one group (Kimi-K2)"] | {"model_type": "kimi_k2", "architectures": ["KimiK2ForCausalLM"]},
+    "Moonlight": CONFIGS["no q_lora (Moonlight)"],
+}
 
 
 def write_member(folder, name, seed):
     """The checkpoint in float32, laid out as released, with prompts.json."""
-    config = MEMBERS[name]
+    config = ALL[name]
     write_checkpoint(folder, config, seed, shards=1)
     (file,) = folder.glob("*.safetensors")
     release = RELEASES.get(config["model_type"], lambda tensors: tensors)
@@ -87,6 +95,16 @@ def write_member(folder, name, seed):
     file.unlink()
     (folder / "model.safetensors.index.json").unlink()
     (folder / "prompts.json").write_text(json.dumps(random_prompts(PROMPT_LENGTHS, seed=seed)))
+
+
+@functools.cache
+def released(folder_of_all):
+    """(member, seed) -> its folder with goldens. One process of the judges makes them all, once in a session."""
+    folders = {(name, seed): folder_of_all / "members" / f"{name}, {seed}" for name in MEMBERS for seed in SEEDS}
+    for (name, seed), folder in folders.items():
+        write_member(folder, name, seed)
+    write_goldens(folders.values())
+    return folders
 
 
 def _behind_prefix(tensors):

@@ -26,6 +26,7 @@ V3 |= {"hidden_size": 96, "intermediate_size": 160, "moe_intermediate_size": 72,
 
 CONFIGS = {
     "v3": V3,
+    "five heads": V3 | {"num_attention_heads": 5},
     "v wider than nope": V3 | {"qk_nope_head_dim": 24, "v_head_dim": 40},
     "no q_lora (Moonlight)": V3
     | {

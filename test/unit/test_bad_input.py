@@ -144,7 +144,7 @@ def test_damaged_checkpoint(capsys, model_dir, name):
         (["--prompt-ids", "five"], "--prompt-ids takes integers"),
         (["--prompt-ids", "5,512"], "token id 512 is outside the vocabulary of 512"),
         (["--prompt", "hello"], "has no tokenizer; give token ids with --prompt-ids"),
-        (["--prompt-ids", "5", "--tp-degree", "3"], "tp_degree 3 does not divide num_attention_heads 8"),
+        (["--prompt-ids", "5", "--tp-degree", "3"], "tp_degree 3 does not divide intermediate_size 320"),
         (["--prompt-ids", "5", "--tp-degree", "2"], "start with torchrun --nproc-per-node 2"),
     ],
 )

@@ -13,10 +13,11 @@ from nxdi_deepseek.checkpoint.folder import Checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.errors import ConfigError
 from nxdi_deepseek.family import FAMILY, WRAPPERS
+from nxdi_deepseek.integrations.transformers_configs import register_configs
 from nxdi_deepseek.model_config import load_model_config, read_model_config
 from support import members
 from support.family_suite import TOLERANCE, released  # noqa: F401
-from support.members import MEMBERS, write_member
+from support.members import ALL, MEMBERS, write_member
 from support.models import V3
 
 IGNORED = {
@@ -33,7 +34,7 @@ def folder(tmp_path, request):
 
 
 def all_members(function):
-    return pytest.mark.parametrize("folder", MEMBERS, indirect=True)(function)
+    return pytest.mark.parametrize("folder", ALL, indirect=True)(function)
 
 
 def weights(folder):
@@ -52,6 +53,20 @@ def test_the_released_layout_is_complete(folder, capsys, request):
         line for member, line in IGNORED.items() if member == name
     ]
     assert ("MTP           1 layers" in said) == bool(load_model_config(folder).num_nextn_predict_layers)
+
+
+@all_members
+def test_a_config_of_transformers_is_read_as_the_file(folder):
+    """NxDI and vLLM take the fields from it."""
+    register_configs()
+    fields = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    of_transformers, expected = read_model_config(fields), load_model_config(folder)
+    # transformers 5 has no Kimi-K2, and writes a list for A.X-K1's layers.
+    assert of_transformers.member.judge == expected.member.judge
+    experts = [list(map(config.has_experts, range(4))) for config in (of_transformers, expected)]
+    assert experts[0] == experts[1]
+    same = {"model_type": expected.model_type, "dtype": None, "moe_layer_freq": 1, "mlp_layer_types": None}
+    assert replace(of_transformers, **same) == replace(expected, **same)
 
 
 @all_members
@@ -109,10 +124,28 @@ def test_what_is_absent_means_what_it_means_to_the_judge(model_type):
             assert getattr(config_class(), field) == default, field
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa", "deepseek_v4", "longcat_flash", "kimi_linear"])
-def test_relatives_are_refused_by_name(model_type):
-    with pytest.raises(ConfigError, match=f"model_type '{model_type}' is not supported: .* is not implemented"):
-        read_model_config(V3 | {"model_type": model_type})
+# Released model: its model_type, and what it would need.
+RELATIVES = {
+    "DeepSeek-V4": ("deepseek_v4", "compressed and hybrid attention is"),
+    "LongCat-Flash": ("longcat_flash", "zero experts and two attentions in a layer are"),
+    "GLM-5.3-Flash": ("glm5_next", "sparse attention"),
+    "Kimi-Linear": ("kimi_linear", "linear attention is"),
+    "Kimi-K3": ("kimi_k3", "linear attention is"),
+    "A.X-K2": ("axk2", "sparse attention"),
+    "Mistral-Large-4": ("mistral_large4", "sparse attention"),
+}
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan", "generate --prompt-ids 1"])
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_are_refused_by_name(tmp_path, capsys, name, command):
+    model_type, why = RELATIVES[name]
+    (tmp_path / "config.json").write_text(json.dumps(V3 | {"model_type": model_type}))
+    command, *options = command.split()
+    assert main([command, str(tmp_path), *options]) == 2
+    said = capsys.readouterr().err
+    assert f"model_type '{model_type}' is not supported: {why}" in said
+    assert said.endswith(" not implemented\n") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -158,8 +191,6 @@ def test_a_wrapper_without_a_text_model_of_the_family(folder, text):
 
 
 def test_every_wrapper_and_member_has_a_config():
-    from nxdi_deepseek.integrations.transformers_configs import register_configs
-
     register_configs()
     for model_type in (*FAMILY, *WRAPPERS):
         assert transformers.AutoConfig.for_model(model_type).model_type == model_type

@@ -309,7 +309,7 @@ def test_bad_graphs_are_named(text):
         (["--compare"], "--compare needs --impl"),
         (["--impl", "/nowhere"], "holds no modeling_deepseek.py"),
         (["--model-dir", "/nowhere"], "/nowhere/config.json: no such file"),
-        (["--tp-degree", "3"], "tp_degree 3 does not divide num_attention_heads 128"),
+        (["--tp-degree", "3"], "tp_degree 3 does not divide hidden_size 7168"),
         (["--tp-degree", "0"], "tp_degree 0 must be at least 1"),
         (["--tp-degree", "-64"], "tp_degree -64 must be at least 1"),
         (["--neuron-config", "{"], "is not JSON"),

@@ -143,7 +143,7 @@ def test_where_nothing_loads_no_remedy_is_named():
 
 def test_tp_degrees_are_those_that_divide():
     assert list(possible_tp_degrees(MODEL, 64)) == [1, 2, 4, 8, 16, 32, 64]
-    assert list(possible_tp_degrees(read_model_config(RELEASED | {"num_attention_heads": 24}), 64)) == [1, 2, 4, 8]
+    assert list(possible_tp_degrees(read_model_config(RELEASED | {"moe_intermediate_size": 24}), 64)) == [1, 2, 4, 8]
 
 
 def test_activations_grow_with_the_prompt_and_fp8_decodes_a_layer():
@@ -217,7 +217,7 @@ def test_a_picture_is_a_png(config_json, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--instance", "trn9"], "instance 'trn9' is not known; use trn2.48xlarge"),
-        (["--tp-degree", "7"], "tp_degree 7 does not divide num_attention_heads 128"),
+        (["--tp-degree", "7"], "tp_degree 7 does not divide intermediate_size 18432"),
         (["--tp-degree", "128"], "has 64 logical cores at LNC 2"),
         (["--weights", "int4"], "weights 'int4' is not supported; use bf16, fp8, fp8-block"),
         (["--seq-len", "163841"], "--seq-len 163841 is more than max_position_embeddings 163840"),
