@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from . import backend
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
-from .mla import absorbed_attention, expanded_attention, query_growth
+from .latent_cache import KeyValue, LatentKVCacheManager, PagedLatentKVCacheManager
+from .mla import absorbed_attention, expanded_attention, expands_prefix, query_growth
 from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
 from .routing import SCORING, expert_weights, packed, select_experts, spread, unpacked
 
@@ -30,6 +31,7 @@ __all__ = [
     "DeepseekV3NeuronConfig",
     "load_pretrained_config",
     "LatentKVCacheManager",
+    "PagedLatentKVCacheManager",
     "DeepseekV3Attention",
     "DeepseekV3Router",
     "DeepseekV3DenseMLP",
@@ -41,20 +43,6 @@ __all__ = [
 # The released code does not pass rms_norm_eps to the two latent norms, so they keep 1e-6 whatever config.json says
 # (Moonlight: 1e-5). So does Hugging Face.
 LATENT_NORM_EPS = 1e-6
-
-KeyValue = tuple[Tensor, Tensor]
-
-
-class LatentKVCacheManager(backend.KVCacheManager):
-    """Cache of the latent: K slot k_pe [B, 1, L, P], V slot the normalised latent [B, 1, L, R]. One head, the same on
-    every rank."""
-
-    def _init_kv_shape(self, config: DeepseekV3InferenceConfig, layer_to_cache_size_mapping: Any = None) -> None:
-        neuron_config = config.neuron_config
-        self.padded_layer_ids = []
-        slots = (neuron_config.kv_cache_batch_size, 1, neuron_config.max_length)
-        self.k_shape = (*slots, config.model.qk_rope_head_dim)
-        self.v_shape = (*slots, config.model.kv_lora_rank)
 
 
 def _row_parallel(config: DeepseekV3InferenceConfig, input_size: int, bias: bool) -> nn.Module:
@@ -117,29 +105,35 @@ class DeepseekV3Attention(nn.Module):
         active_mask: Tensor | None = None,
         cos_cache: Tensor | None = None,
         sin_cache: Tensor | None = None,
+        is_for_context_encoding: bool = False,
     ) -> tuple[Tensor, KeyValue, Tensor, Tensor]:
         """hidden_states [B, S, H], position_ids [B, S]. With sequence parallelism, the hidden states of a prompt are
         this rank's tokens, [B, S/TP, H], and so is the output.
 
-        Prompt (past_key_value None): causal, attention_mask is not read. Decoding: (k_pe [B, 1, L, P], latent
-        [B, 1, L, R]) of the cache, attention_mask bool [B, 1, S, L] over it, active_mask [B, 1, S, S] among the new
-        tokens (None for one). Returns the output, the new tokens' (k_pe, latent), and cos, sin for the next layer.
+        Prompt without a cached prefix (past_key_value None): causal, attention_mask is not read. Prompt behind one
+        (is_for_context_encoding): (k_pe [B, 1, L, P], latent [B, 1, L, R]) of the prefix, attention_mask [B, L] over
+        it. Decoding: the same of the cache, attention_mask bool [B, 1, S, L] over it, active_mask [B, 1, S, S] among
+        the new tokens (None for one). Returns the output, the new tokens' (k_pe, latent), and cos, sin for the next
+        layer.
         """
         if cos_cache is None:
             cos_cache, sin_cache = self.rotary_emb(position_ids)
-        if self.sequence_parallel and past_key_value is None:
+        is_prompt = is_for_context_encoding or past_key_value is None
+        if self.sequence_parallel and is_prompt:
             hidden_states = backend.gather_sequence(hidden_states)
         q_nope, q_pe, k_pe, latent = self._project(hidden_states, cos_cache, sin_cache)
         if self.query_growth[0] is not None:
             growth = query_growth(position_ids, *self.query_growth).to(q_nope.dtype)
             q_nope, q_pe = q_nope * growth, q_pe * growth
+        active = (k_pe, latent)
         if past_key_value is None:
-            out_BNSV = self._prefill(q_nope, q_pe, k_pe, latent)
+            out_BNSV = self._prefill(q_nope, q_pe, active)
+        elif is_prompt:
+            out_BNSV = self._continue(q_nope, q_pe, past_key_value, active, attention_mask)
         else:
-            active = (k_pe, latent)
             out_BNSV = self._decode(q_nope, q_pe, past_key_value, active, attention_mask, active_mask)
         output = self.o_proj(out_BNSV.transpose(1, 2).flatten(2))
-        return output, (k_pe, latent), cos_cache, sin_cache
+        return output, active, cos_cache, sin_cache
 
     def _project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope [B, N, S, D], q_pe [B, N, S, P], k_pe [B, 1, S, P], latent [B, 1, S, R]; q_pe and k_pe rotated."""
@@ -159,10 +153,21 @@ class DeepseekV3Attention(nn.Module):
         padded = part.to(torch.float32) if part.numel() * part.element_size() % 4 else part
         return backend.gather_columns(padded).to(part.dtype)
 
-    def _prefill(self, q_nope: Tensor, q_pe: Tensor, k_pe: Tensor, latent: Tensor) -> Tensor:
+    def _prefill(self, q_nope: Tensor, q_pe: Tensor, keys: KeyValue, prefix_mask: Tensor | None = None) -> Tensor:
+        k_pe, latent = keys
         kv_BNSd = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv_BNSd.tensor_split((self.nope_dim,), -1)
-        return expanded_attention(q_nope, q_pe, k_nope, k_pe, v, self.softmax_scale)
+        return expanded_attention(q_nope, q_pe, k_nope, k_pe, v, self.softmax_scale, prefix_mask)
+
+    def _continue(self, q_nope: Tensor, q_pe: Tensor, prefix: KeyValue, active: KeyValue, mask: Tensor) -> Tensor:
+        """A prompt's tokens behind its cached prefix; mask [B, L] over that."""
+        length = q_nope.shape[2]
+        prefix_mask = mask[:, None, None, :].to(torch.bool)
+        if expands_prefix(length, self.nope_dim, self.v_dim, self.kv_lora_rank):
+            k_pe, latent = (torch.cat(pair, dim=2) for pair in zip(prefix, active, strict=True))
+            return self._prefill(q_nope, q_pe, (k_pe, latent), prefix_mask)
+        causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        return self._decode(q_nope, q_pe, prefix, active, prefix_mask, causal)
 
     def _decode(
         self, q_nope: Tensor, q_pe: Tensor, cached: KeyValue, active: KeyValue, mask: Tensor, active_mask: Tensor | None
@@ -289,6 +294,7 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
         cos_cache: Tensor | None = None,
         sin_cache: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        is_for_context_encoding: bool = False,
         **_: Any,
     ) -> tuple[Tensor, KeyValue, Tensor, Tensor, None]:
         """As DeepseekV3Attention.forward, for the whole layer. The fifth result is NxDI's fused residual: not used."""
@@ -300,6 +306,7 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
             active_mask,
             cos_cache,
             sin_cache,
+            is_for_context_encoding,
         )
         hidden_states = hidden_states + attention
         normed = self.post_attention_layernorm(hidden_states)
@@ -338,7 +345,9 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
 
     def init_inference_optimization(self, config: DeepseekV3InferenceConfig) -> None:
         super().init_inference_optimization(config)
-        self.kv_mgr = LatentKVCacheManager(config, num_kv_head=self.num_key_value_heads)
+        self.is_paged = config.neuron_config.is_block_kv_layout
+        manager = PagedLatentKVCacheManager if self.is_paged else LatentKVCacheManager
+        self.kv_mgr = manager(config, num_kv_head=self.num_key_value_heads)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuronDeepseekV3Model":
         """Moves and casts like any module, but leaves FP8 weights and their scales what they are: NxDI casts both to
@@ -357,11 +366,30 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         """As the base model's, with padding at position -1 in prompts.
 
         NxDI gives padding position 1 and reads the logits at the largest position. For a one-token prompt that would be
-        the padding, so it gets -1 here.
+        the padding, so it gets -1 here. With a paged cache, attention_mask is of the cached prefix alone.
         """
         if self._is_context_encoding(input_ids):
-            position_ids = torch.where(attention_mask.to(torch.bool), position_ids, -1)
+            is_token = self._behind_prefix(position_ids, *args[10:12]) if self.is_paged else attention_mask.to(torch.bool)
+            position_ids = torch.where(is_token, position_ids, -1)
         return super().forward(input_ids, attention_mask, position_ids, *args, **kw)
+
+    @staticmethod
+    def _behind_prefix(position_ids: Tensor, num_queries: Tensor, computed_context_lens: Tensor) -> Tensor:
+        """Which of a prompt's padded tokens [B, S] are tokens. The first may be a cached one, computed again to fill
+        its bucket; num_queries and computed_context_lens [B, 1] count without those."""
+        count = num_queries + computed_context_lens - position_ids[:, :1]
+        return torch.arange(position_ids.shape[1], device=position_ids.device) < count
+
+    def _create_context_attn_mask(self, attention_mask: Tensor, **_: Any) -> Tensor:
+        """Of the cached prefix, if there is one; NxDI's own has the square of the prompt's length."""
+        return attention_mask
+
+    def get_model_output(self, *, attention_mask: Tensor | None = None, **kw: Any) -> Any:
+        """As the base model's. A decoding step that reads the whole pool of blocks has its mask over that."""
+        tables = kw.get("active_block_table")
+        if self.is_paged and not kw["is_for_context_encoding"] and self.kv_mgr.attends_pool(tables):
+            attention_mask = self.kv_mgr.pool_mask(tables, attention_mask[:, 0, 0].sum(-1))
+        return super().get_model_output(attention_mask=attention_mask, **kw)
 
 
 def __getattr__(name: str) -> Any:
