@@ -82,11 +82,10 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         )
         inputs |= {"attention_mask": None} | self.requests.check(input_ids, seq_ids, inputs)
         request = {"input_ids": input_ids, "seq_ids": seq_ids} | inputs
-        if backend.NAME == "nxdi":
-            if request.get("sampling_params") is None:
-                # The likeliest token. NxDI's own default has a row for each of batch_size sequences, and no graph fits
-                # it where ctx_batch_size is another.
-                request["sampling_params"] = torch.ones(len(input_ids), 3)
+        if backend.NAME == "nxdi" and request.get("sampling_params") is None:
+            # The likeliest token. NxDI's own default has a row for each of batch_size sequences, and no graph fits it
+            # where ctx_batch_size is another.
+            request["sampling_params"] = torch.ones(len(input_ids), 3)
         if self.paged:
             output = self.paged.run(super().forward, request)
             self.kv_cache_populated = True

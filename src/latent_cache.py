@@ -22,7 +22,7 @@ _POOL_READS = 1.5
 
 
 class LatentKVCacheManager(backend.KVCacheManager):
-    """A slot of max_length tokens for each sequence: k_pe [slots, 1, max_length, P], latent [slots, 1, max_length, R]."""
+    """A slot of L = max_length tokens for each sequence: k_pe [slots, 1, L, P], latent [slots, 1, L, R]."""
 
     def _init_kv_shape(self, config: "DeepseekV3InferenceConfig", layer_to_cache_size_mapping: Any = None) -> None:
         neuron_config = config.neuron_config

@@ -77,8 +77,8 @@ def check_paging(neuron_config: Any) -> None:
     needed, prefixes = _longest_prefix(neuron_config), neuron_config.prefix_buckets or [0]
     if max(prefixes, default=0) < needed:
         raise ConfigError(
-            f"neuron_config: prefix_buckets end at {max(prefixes)}, prompts may have {needed} tokens behind them in the "
-            f"cache; add a bucket of {needed}"
+            f"neuron_config: prefix_buckets end at {max(prefixes)}, prompts may have {needed} cached tokens ahead; "
+            f"add a bucket of {needed}"
         )
     blocks = neuron_config.tkg_batch_size * (neuron_config.max_length // neuron_config.pa_block_size)
     if neuron_config.pa_num_blocks < blocks:
