@@ -91,9 +91,10 @@ def check_paging(neuron_config: Any) -> None:
 def _check_multiples(neuron_config: Any) -> None:
     size = neuron_config.pa_block_size
     names = ("context_encoding_buckets", "token_generation_buckets", "prefix_buckets")
-    lengths: dict[str, Iterable[int]] = {name: getattr(neuron_config, name) or [] for name in names}
-    for name in ("max_length", "max_context_length"):
-        lengths[name] = [getattr(neuron_config, name)]
+    lengths: dict[str, Iterable[int]] = {
+        name: [getattr(neuron_config, name)] for name in ("max_length", "max_context_length")
+    }
+    lengths |= {name: getattr(neuron_config, name) or [] for name in names}
     for name, values in lengths.items():
         for value in values:
             if value % size:
