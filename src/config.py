@@ -78,7 +78,7 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         self.weights: str = kwargs.pop("weights")
         with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value
             super().__init__(**kwargs)
-        if self.is_block_kv_layout:
+        if self.is_prefix_caching:
             fill_sizes(self, kwargs)
 
 

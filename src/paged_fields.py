@@ -15,6 +15,8 @@ _BOTH = ("is_prefix_caching", "is_block_kv_layout")
 
 def is_paged(fields: Mapping[str, Any]) -> bool:
     """fields: NeuronConfig's keyword arguments. Raises ConfigError where only one of NxDI's two switches is on."""
+    if fields.get("chunked_prefill_config") is not None:
+        return False  # which is refused by its own name
     on = [name for name in _BOTH if fields.get(name)]
     if len(on) == 1:
         (other,) = set(_BOTH) - set(on)

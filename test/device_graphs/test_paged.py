@@ -1,4 +1,4 @@
-"""The cache in blocks on the graphs that NxDI would compile: prefixes, chunks, and steps over pool and gathered blocks."""
+"""The cache in blocks on the graphs that NxDI would compile: prefixes, chunks, steps over pool and gathered blocks."""
 
 import pytest
 from nxdi_deepseek.example_configs import WIDE_CONFIG
