@@ -76,7 +76,9 @@ def run_ours(folder: str, prompt: torch.Tensor, chunk: int) -> tuple[torch.Tenso
     model.load()
     result: list[torch.Tensor] = []
     start = time.perf_counter()
-    grown = memory_growth(lambda: result.append(model(input_ids=prompt, position_ids=torch.arange(length)[None]).logits))
+    grown = memory_growth(
+        lambda: result.append(model(input_ids=prompt, position_ids=torch.arange(length)[None]).logits)
+    )
     seconds = time.perf_counter() - start
     cache = sum(tensor.nbytes for tensor in model.model.kv_mgr.past_key_values)
     return result[0][0, -1], grown + cache, seconds

@@ -18,6 +18,9 @@ from nxdi_deepseek.errors import GraphCostError  # noqa: E402
 from nxdi_deepseek.example_configs import RELEASED_CONFIG as C  # noqa: E402
 from nxdi_deepseek.graph_cost.lowerer import Lowerer  # noqa: E402
 from nxdi_deepseek.graph_cost.request import Request  # noqa: E402
+from nxdi_deepseek.model_config import read_model_config  # noqa: E402
+from nxdi_deepseek.planning.prompt_graph import largest_tensor, prompt_tensors  # noqa: E402
+from nxdi_deepseek.weight_forms import BF16  # noqa: E402
 
 BLOCKS = {"is_prefix_caching": True, "is_block_kv_layout": True, "pa_block_size": 32}
 CHUNK, PREFIX = 2048, 30720
@@ -70,6 +73,8 @@ def test_a_chunk_keeps_one_block_of_queries_scores(cost):
     chunk = cost(4, "model", "prefill", CHUNK, 1, prefix=PREFIX)
     assert chunk.largest_intermediate == f"f32[1,2,512,{PREFIX + CHUNK}]"
     assert chunk.largest_intermediate_bytes <= 150e6
+    tensors = prompt_tensors(read_model_config(C), 64, 1, CHUNK, "bfloat16", BF16, PREFIX)
+    assert largest_tensor(tensors, "attention") == chunk.largest_intermediate_bytes
 
 
 def test_a_prompt_of_a_paged_model_costs_what_it_does_unpaged(cost):
