@@ -1,4 +1,4 @@
-"""A prompt of 32,768 tokens on the embedded runtime, in chunks, against transformers' DeepseekV3ForCausalLM, on the CPU.
+"""A prompt of 32,768 tokens in chunks on the embedded runtime, against transformers' DeepseekV3ForCausalLM, on the CPU.
 
 The small shipped model in float32, whose YaRN is stretched so that the positions are legal. Ours takes the prompt in
 chunks over a cache in blocks; transformers takes it in chunks of 1,024 tokens, since the scores of all at once would not
