@@ -18,6 +18,7 @@ from .config import DeepseekV3InferenceConfig
 from .dtypes import dtype_name
 from .errors import ConfigError
 from .modeling_deepseek import NeuronDeepseekV3Model
+from .paged_requests import PagedRequests
 from .planning.load_check import check_loads
 from .rank_files import check_rank_files
 from .requests import RequestChecks, take_rows
@@ -62,6 +63,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.requests = RequestChecks(self.neuron_config, self.config.vocab_size)
+        self.paged = PagedRequests(self.neuron_config) if self.neuron_config.is_block_kv_layout else None
         if self.neuron_config.quantized and self._runs_on_neuron():
             # Ahead of compile() and load(): of NxDI's doors inference_demo alone sets them.
             os.environ.update(FP8_VARIABLES)
@@ -71,7 +73,8 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """As the base class's, for cache slots in any order: each row of the output is of the sequence in its row.
 
         NxDI matches the rows of a full decoding batch with cache slots by their order, whatever seq_ids says, and fills
-        a batch with copies of its first row, which overwrite the cache of the slots left out.
+        a batch with copies of its first row, which overwrite the cache of the slots left out. With a cache in blocks it
+        matches rows with tables, see PagedRequests, which also cuts prompts into chunks.
         Raises ConfigError for a request that cannot be answered right.
         """
         seq_ids = (
@@ -79,11 +82,15 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         )
         inputs |= {"attention_mask": None} | self.requests.check(input_ids, seq_ids, inputs)
         request = {"input_ids": input_ids, "seq_ids": seq_ids} | inputs
+        if backend.NAME == "nxdi" and request.get("sampling_params") is None:
+            # The likeliest token. NxDI's own default has a row for each of batch_size sequences, and no graph fits it
+            # where ctx_batch_size is another.
+            request["sampling_params"] = torch.ones(len(input_ids), 3)
+        if self.paged:
+            output = self.paged.run(super().forward, request)
+            self.kv_cache_populated = True
+            return output
         if backend.NAME == "nxdi":
-            if request.get("sampling_params") is None:
-                # The likeliest token. NxDI's own default has a row for each of batch_size sequences, and no graph fits
-                # it where ctx_batch_size is another.
-                request["sampling_params"] = torch.ones(len(input_ids), 3)
             request = self.requests.fill_batch(request)
         order = request["seq_ids"].argsort()
         if torch.equal(order, torch.arange(len(seq_ids))):
@@ -227,5 +234,12 @@ def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig, rank: i
 
 
 def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:
-    """Tracing sets n_positions to each bucket's length; NxDI's CPU mode leaves it at seq_len."""
-    model.n_positions = args[1].shape[1]  # the attention mask
+    """Tracing sets n_positions to each bucket's length, and with a cache in blocks that of the prefix; NxDI's CPU mode
+    leaves them at seq_len and 0."""
+    input_ids, mask = args[:2]
+    if not model.neuron_config.is_block_kv_layout:
+        model.n_positions = mask.shape[1]
+        return
+    model.n_active_tokens = input_ids.shape[1]
+    model.prefix_size = mask.shape[1] if mask.ndim == 2 else 0  # without a prefix, NxDI passes one zero
+    model.n_positions = model.prefix_size if model.n_active_tokens == 1 else model.n_active_tokens

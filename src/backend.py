@@ -56,6 +56,7 @@ def _surface() -> ModuleType:
 
 
 _names = _surface()
+BlockKVCacheManager = _names.BlockKVCacheManager
 ColumnParallelLinear = _names.ColumnParallelLinear
 HuggingFaceGenerationAdapter = _names.HuggingFaceGenerationAdapter
 InferenceConfig = _names.InferenceConfig

@@ -10,6 +10,7 @@ from .dtypes import BY_TORCH
 from .errors import ConfigError
 from .model_config import OTHER_FORM_IN_JSON, ModelConfig, load_model_config, read_config_json, read_model_config
 from .neuron_values import check_values
+from .paged_fields import check_paging, fill_paging, fill_sizes
 from .quantized_fields import check_weights, fill_weights
 from .saved_config import CONFIG_FILE, check_saved_config, restore_enums
 from .third_party import told
@@ -17,10 +18,11 @@ from .third_party import told
 # NeuronConfig fields that the model does not implement: the one value that it accepts, and the remedy.
 _UNSUPPORTED = {
     "padding_side": ("right", "pad prompts on the right"),
-    # Before is_block_kv_layout, which these two switch on: the message must name them.
-    "is_prefix_caching": (False, "turn prefix caching off (vLLM: --no-enable-prefix-caching)"),
-    "is_chunked_prefill": (False, "turn chunked prefill off; leave chunked_prefill_config unset"),
-    "is_block_kv_layout": (False, "the latent cache is not paged; leave it off"),
+    "is_chunked_prefill": (
+        False,
+        "leave chunked_prefill_config unset; with is_prefix_caching and is_block_kv_layout prompts longer than "
+        "max_context_length run in chunks of it",
+    ),
     "flash_decoding_enabled": (False, "the latent cache is not sharded; leave it off"),
     "cp_degree": (1, "context parallelism is not implemented"),
     "attention_dp_degree": (1, "attention data parallelism is not implemented"),
@@ -70,12 +72,14 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         # multiplication and an addition of everything that is gathered.
         kwargs.setdefault("disable_numeric_cc_token", True)
         kwargs.setdefault("blockwise_matmul_config", dict(_EXPERT_KERNEL))
-        kwargs = fill_weights(_from_saved(kwargs))
+        kwargs = fill_paging(fill_weights(_from_saved(kwargs)))
         check_values(kwargs)
         _check_expert_kernel(kwargs["blockwise_matmul_config"])
         self.weights: str = kwargs.pop("weights")
         with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value
             super().__init__(**kwargs)
+        if self.is_prefix_caching:
+            fill_sizes(self, kwargs)
 
 
 def _check_expert_kernel(choice: Any) -> None:
@@ -163,6 +167,8 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
             raise ConfigError("neuron_config: output_logits needs on_device_sampling_config; logits come without it")
         if neuron_config.sequence_parallel_enabled:
             self._validate_sequence_parallel()
+        if neuron_config.is_block_kv_layout:
+            check_paging(neuron_config)
         self._validate_prompts()
         if neuron_config.enable_bucketing:
             self._validate_buckets("context_encoding_buckets", "max_context_length")

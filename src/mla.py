@@ -33,23 +33,45 @@ def query_growth(position_ids: Tensor, beta: float, original_length: int) -> Ten
 
 
 def expanded_attention(
-    q_nope_BNSD: Tensor, q_pe_BNSP: Tensor, k_nope_BNSD: Tensor, k_pe_B1SP: Tensor, v_BNSV: Tensor, scale: float
+    q_nope_BNSD: Tensor,
+    q_pe_BNSP: Tensor,
+    k_nope_BNKD: Tensor,
+    k_pe_B1KP: Tensor,
+    v_BNKV: Tensor,
+    scale: float,
+    prefix_mask: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention among the tokens of a prompt. Padding is on the right, so no token attends to it.
+    """Causal attention among S tokens of a prompt, and to what is cached ahead of them.
 
+    Of the K keys the last S are the tokens' own; the K - S ahead of them are the cached prefix, of which prefix_mask
+    (bool [B, 1, 1, K - S], None for no prefix) tells what counts. Padding is on the right, so no token attends to it.
     Returns [B, N, S, V].
     """
     length = q_nope_BNSD.shape[2]
+    prefix = k_nope_BNKD.shape[2] - length
     rows = max(QUERY_BLOCK, -(-length // MAX_QUERY_BLOCKS))
     q = torch.cat((q_nope_BNSD, q_pe_BNSP), dim=-1)
-    k = torch.cat((k_nope_BNSD, k_pe_B1SP.expand(-1, k_nope_BNSD.shape[1], -1, -1)), dim=-1)
+    k = torch.cat((k_nope_BNKD, k_pe_B1KP.expand(-1, k_nope_BNKD.shape[1], -1, -1)), dim=-1)
     blocks = []
     for start in range(0, length, rows):
         end = min(start + rows, length)
-        scores = q[:, :, start:end] @ k[:, :, :end].mT
+        scores = q[:, :, start:end] @ k[:, :, : prefix + end].mT
         mask = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
-        blocks.append(_scaled_scores(scores, mask, scale).softmax(dim=-1).to(v_BNSV.dtype) @ v_BNSV[:, :, :end])
+        if prefix_mask is not None:
+            cached = prefix_mask.expand(-1, -1, end - start, -1)
+            mask = torch.cat((cached, mask.expand(len(cached), 1, -1, -1)), dim=-1)
+        probs = _scaled_scores(scores, mask, scale).softmax(dim=-1).to(v_BNKV.dtype)
+        blocks.append(probs @ v_BNKV[:, :, : prefix + end])
     return torch.cat(blocks, dim=2)
+
+
+def expands_prefix(queries: int, nope_dim: int, v_dim: int, rank: int) -> bool:
+    """Whether a prompt behind a cached prefix takes fewer multiplications expanded than absorbed.
+
+    Per head and cached key, expanding costs rank * (nope_dim + v_dim) once, and spares each query the difference of
+    widths: 2 * rank instead of nope_dim + v_dim. (The released model: from 171 queries on.)
+    """
+    return queries * (2 * rank - nope_dim - v_dim) > rank * (nope_dim + v_dim)
 
 
 def absorbed_attention(
@@ -65,7 +87,8 @@ def absorbed_attention(
 ) -> Tensor:
     """Attention of S new tokens over a latent cache and over each other.
 
-    cached, active: (k_pe, latent) of the cached [B, 1, L, P], [B, 1, L, R] and of the new tokens, S long.
+    cached, active: (k_pe, latent) of the cached [B, 1, L, P], [B, 1, L, R] and of the new tokens, S long. A cache of
+    batch 1 is a pool that all sequences read.
     cached_mask: bool, broadcastable to [B, N, S, L]; active_mask likewise to [B, N, S, S], None for a single new token,
     which always sees itself. Returns [B, N, S, V].
     """
@@ -84,7 +107,10 @@ def absorbed_attention(
 
 
 def _shared_matmul(x_BNSd: Tensor, y_B1de: Tensor) -> Tensor:
-    """x @ y, [B, N, S, e]: one product for all heads. A broadcast matmul would copy y, the whole cache, for each."""
+    """x @ y, [B, N, S, e]: one product for all heads, and for all sequences where y has batch 1. A broadcast matmul
+    would copy y, the whole cache, for each."""
+    if len(y_B1de) < len(x_BNSd):
+        return (x_BNSd.flatten(0, 2) @ y_B1de[0, 0]).unflatten(0, x_BNSd.shape[:3])
     return (x_BNSd.flatten(1, 2) @ y_B1de.squeeze(1)).unflatten(1, x_BNSd.shape[1:3])
 
 

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from . import backend
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
-from .mla import absorbed_attention, expanded_attention, query_growth
+from .latent_cache import KeyValue, LatentKVCacheManager, PagedLatentKVCacheManager
+from .mla import absorbed_attention, expanded_attention, expands_prefix, query_growth
 from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
-from .routing import SCORING, expert_weights, packed, select_experts, spread, unpacked
+from .router import DeepseekV3Router
 
 if TYPE_CHECKING:
     from .application import NeuronDeepseekV3ForCausalLM
@@ -30,6 +31,7 @@ __all__ = [
     "DeepseekV3NeuronConfig",
     "load_pretrained_config",
     "LatentKVCacheManager",
+    "PagedLatentKVCacheManager",
     "DeepseekV3Attention",
     "DeepseekV3Router",
     "DeepseekV3DenseMLP",
@@ -41,20 +43,6 @@ __all__ = [
 # The released code does not pass rms_norm_eps to the two latent norms, so they keep 1e-6 whatever config.json says
 # (Moonlight: 1e-5). So does Hugging Face.
 LATENT_NORM_EPS = 1e-6
-
-KeyValue = tuple[Tensor, Tensor]
-
-
-class LatentKVCacheManager(backend.KVCacheManager):
-    """Cache of the latent: K slot k_pe [B, 1, L, P], V slot the normalised latent [B, 1, L, R]. One head, the same on
-    every rank."""
-
-    def _init_kv_shape(self, config: DeepseekV3InferenceConfig, layer_to_cache_size_mapping: Any = None) -> None:
-        neuron_config = config.neuron_config
-        self.padded_layer_ids = []
-        slots = (neuron_config.kv_cache_batch_size, 1, neuron_config.max_length)
-        self.k_shape = (*slots, config.model.qk_rope_head_dim)
-        self.v_shape = (*slots, config.model.kv_lora_rank)
 
 
 def _row_parallel(config: DeepseekV3InferenceConfig, input_size: int, bias: bool) -> nn.Module:
@@ -118,29 +106,35 @@ class DeepseekV3Attention(nn.Module):
         active_mask: Tensor | None = None,
         cos_cache: Tensor | None = None,
         sin_cache: Tensor | None = None,
+        is_for_context_encoding: bool = False,
     ) -> tuple[Tensor, KeyValue, Tensor, Tensor]:
         """hidden_states [B, S, H], position_ids [B, S]. With sequence parallelism, the hidden states of a prompt are
         this rank's tokens, [B, S/TP, H], and so is the output.
 
-        Prompt (past_key_value None): causal, attention_mask is not read. Decoding: (k_pe [B, 1, L, P], latent
-        [B, 1, L, R]) of the cache, attention_mask bool [B, 1, S, L] over it, active_mask [B, 1, S, S] among the new
-        tokens (None for one). Returns the output, the new tokens' (k_pe, latent), and cos, sin for the next layer.
+        Prompt without a cached prefix (past_key_value None): causal, attention_mask is not read. Prompt behind one
+        (is_for_context_encoding): (k_pe [B, 1, L, P], latent [B, 1, L, R]) of the prefix, attention_mask [B, L] over
+        it. Decoding: the same of the cache, attention_mask bool [B, 1, S, L] over it, active_mask [B, 1, S, S] among
+        the new tokens (None for one). Returns the output, the new tokens' (k_pe, latent), and cos, sin for the next
+        layer.
         """
         if cos_cache is None:
             cos_cache, sin_cache = self.rotary_emb(position_ids)
-        if self.sequence_parallel and past_key_value is None:
+        is_prompt = is_for_context_encoding or past_key_value is None
+        if self.sequence_parallel and is_prompt:
             hidden_states = backend.gather_sequence(hidden_states)
         q_nope, q_pe, k_pe, latent = self._project(hidden_states, cos_cache, sin_cache)
         if self.query_growth[0] is not None:
             growth = query_growth(position_ids, *self.query_growth).to(q_nope.dtype)
             q_nope, q_pe = q_nope * growth, q_pe * growth
+        active = (k_pe, latent)
         if past_key_value is None:
-            out_BNSV = self._prefill(q_nope, q_pe, k_pe, latent)
+            out_BNSV = self._prefill(q_nope, q_pe, active)
+        elif is_prompt:
+            out_BNSV = self._continue(q_nope, q_pe, past_key_value, active, attention_mask)
         else:
-            active = (k_pe, latent)
             out_BNSV = self._decode(q_nope, q_pe, past_key_value, active, attention_mask, active_mask)
         output = self.o_proj(out_BNSV.transpose(1, 2).flatten(2))
-        return output, (k_pe, latent), cos_cache, sin_cache
+        return output, active, cos_cache, sin_cache
 
     def _project(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q_nope [B, N, S, D], q_pe [B, N, S, P], k_pe [B, 1, S, P], latent [B, 1, S, R]; q_pe and k_pe rotated."""
@@ -160,10 +154,21 @@ class DeepseekV3Attention(nn.Module):
         padded = part.to(torch.float32) if part.numel() * part.element_size() % 4 else part
         return backend.gather_columns(padded).to(part.dtype)
 
-    def _prefill(self, q_nope: Tensor, q_pe: Tensor, k_pe: Tensor, latent: Tensor) -> Tensor:
+    def _prefill(self, q_nope: Tensor, q_pe: Tensor, keys: KeyValue, prefix_mask: Tensor | None = None) -> Tensor:
+        k_pe, latent = keys
         kv_BNSd = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k_nope, v = kv_BNSd.tensor_split((self.nope_dim,), -1)
-        return expanded_attention(q_nope, q_pe, k_nope, k_pe, v, self.softmax_scale)
+        return expanded_attention(q_nope, q_pe, k_nope, k_pe, v, self.softmax_scale, prefix_mask)
+
+    def _continue(self, q_nope: Tensor, q_pe: Tensor, prefix: KeyValue, active: KeyValue, mask: Tensor) -> Tensor:
+        """A prompt's tokens behind its cached prefix; mask [B, L] over that."""
+        length = q_nope.shape[2]
+        prefix_mask = mask[:, None, None, :].to(torch.bool)
+        if expands_prefix(length, self.nope_dim, self.v_dim, self.kv_lora_rank):
+            k_pe, latent = (torch.cat(pair, dim=2) for pair in zip(prefix, active, strict=True))
+            return self._prefill(q_nope, q_pe, (k_pe, latent), prefix_mask)
+        causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        return self._decode(q_nope, q_pe, prefix, active, prefix_mask, causal)
 
     def _decode(
         self, q_nope: Tensor, q_pe: Tensor, cached: KeyValue, active: KeyValue, mask: Tensor, active_mask: Tensor | None
@@ -171,78 +176,6 @@ class DeepseekV3Attention(nn.Module):
         w_kv_NdR = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         w_uk, w_uv = w_kv_NdR.tensor_split((self.nope_dim,), 1)
         return absorbed_attention(q_nope, q_pe, w_uk, w_uv, cached, active, mask, active_mask, self.softmax_scale)
-
-
-class DeepseekV3Router(nn.Module):
-    """Group-limited router, in float32 from the logits on.
-
-    A prompt's tokens are shared out among the ranks where they can be: in float32 the matrix units take four times as
-    long. With sequence parallelism they come shared out, and NxD gathers what was chosen.
-    Has the attributes that NxD's MoE module asks of a router.
-    """
-
-    sequence_dimension = 1
-    # This rank's part of tokens [T, H], [T/TP, H]; set by backend.build_moe, None where every rank routes all tokens.
-    own_tokens: Callable[[Tensor], Tensor] | None = None
-
-    def __init__(self, config: DeepseekV3InferenceConfig):
-        super().__init__()
-        model, dtype = config.model, config.neuron_config.torch_dtype
-        self.sequence_parallel_enabled = config.neuron_config.sequence_parallel_enabled
-        self.tp_degree = config.neuron_config.tp_degree
-        self.num_experts, self.top_k = model.n_routed_experts, model.num_experts_per_tok
-        self.hidden_size = model.hidden_size
-        self.scoring, self.grouping = SCORING[model.member.scoring], model.grouping
-        self.n_group, self.topk_group = model.n_group, model.topk_group
-        self.norm_topk_prob, self.routed_scaling_factor = model.norm_topk_prob, model.routed_scaling_factor
-        self.linear_router = nn.Linear(self.hidden_size, self.num_experts, bias=False, dtype=dtype)
-        bias = nn.Parameter(torch.zeros(self.num_experts), requires_grad=False)
-        self.register_parameter("e_score_correction_bias", bias if model.member.correction_bias else None)
-
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [B, S, H]. Returns float32 logits [T, E], of this rank's tokens alone where they are shared
-        out; the final mixing weights [T, E], normalised, scaled and zero for experts not chosen, in the dtype of
-        hidden_states; the chosen experts, int64 [T, K]."""
-        tokens_TH = hidden_states.flatten(0, -2)
-        shared_out = self._shares_out(hidden_states)
-        logits_TE, weights_TK, index_TK = self._route(self.own_tokens(tokens_TH) if shared_out else tokens_TH)
-        if shared_out:
-            choice = backend.gather_sequence(packed(weights_TK, index_TK).unsqueeze(0)).squeeze(0)
-            weights_TK, index_TK = unpacked(choice)
-        return logits_TE, spread(weights_TK, index_TK, self.num_experts).to(hidden_states.dtype), index_TK
-
-    def _shares_out(self, hidden_states: Tensor) -> bool:
-        """Prompts of a multiple of the ranks, two tokens each at least. A step's few tokens are not worth a gather."""
-        batch, length, _ = hidden_states.shape
-        tokens, ranks = batch * length, self.tp_degree
-        is_prompt = length > 1 and not self.sequence_parallel_enabled
-        return is_prompt and ranks > 1 and tokens % ranks == 0 and tokens >= 2 * ranks and self.own_tokens is not None
-
-    def _route(self, tokens_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [T, E], weights and indices [T, K] of the chosen experts."""
-        logits_TE = F.linear(tokens_TH.to(torch.float32), self.linear_router.weight.to(torch.float32))
-        scores_TE = self.scoring(logits_TE)
-        index_TK = select_experts(
-            scores_TE, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group, self.grouping
-        )
-        weights_TK = expert_weights(scores_TE, index_TK, self.norm_topk_prob, self.routed_scaling_factor)
-        return logits_TE, weights_TK, index_TK
-
-    def scores_for_choice(self, logits_TE: Tensor) -> Tensor:
-        """The scores [T, E] that decide which experts are chosen, where groups leave the choice."""
-        scores_TE, bias_E = self.scoring(logits_TE), self.e_score_correction_bias
-        return scores_TE if bias_E is None else scores_TE + bias_E
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DeepseekV3Router":
-        """Moves and casts like any module, but leaves the correction bias in float32: NxDI casts whole models to
-        bfloat16, whose step near 1 exceeds the differences between the biased scores."""
-        bias = self.e_score_correction_bias
-
-        def keep_bias(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if tensor is bias and moved.dtype != tensor.dtype else moved
-
-        return super()._apply(keep_bias, recurse)
 
 
 class DeepseekV3DenseMLP(nn.Module):
@@ -290,6 +223,7 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
         cos_cache: Tensor | None = None,
         sin_cache: Tensor | None = None,
         padding_mask: Tensor | None = None,
+        is_for_context_encoding: bool = False,
         **_: Any,
     ) -> tuple[Tensor, KeyValue, Tensor, Tensor, None]:
         """As DeepseekV3Attention.forward, for the whole layer. The fifth result is NxDI's fused residual: not used."""
@@ -301,6 +235,7 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
             active_mask,
             cos_cache,
             sin_cache,
+            is_for_context_encoding,
         )
         hidden_states = hidden_states + attention
         normed = self.post_attention_layernorm(hidden_states)
@@ -339,7 +274,9 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
 
     def init_inference_optimization(self, config: DeepseekV3InferenceConfig) -> None:
         super().init_inference_optimization(config)
-        self.kv_mgr = LatentKVCacheManager(config, num_kv_head=self.num_key_value_heads)
+        self.is_paged = config.neuron_config.is_block_kv_layout
+        manager = PagedLatentKVCacheManager if self.is_paged else LatentKVCacheManager
+        self.kv_mgr = manager(config, num_kv_head=self.num_key_value_heads)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuronDeepseekV3Model":
         """Moves and casts like any module, but leaves FP8 weights and their scales what they are: NxDI casts both to
@@ -358,11 +295,32 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         """As the base model's, with padding at position -1 in prompts.
 
         NxDI gives padding position 1 and reads the logits at the largest position. For a one-token prompt that would be
-        the padding, so it gets -1 here.
+        the padding, so it gets -1 here. With a paged cache, attention_mask is of the cached prefix alone.
         """
         if self._is_context_encoding(input_ids):
-            position_ids = torch.where(attention_mask.to(torch.bool), position_ids, -1)
+            is_token = (
+                self._behind_prefix(position_ids, *args[10:12]) if self.is_paged else attention_mask.to(torch.bool)
+            )
+            position_ids = torch.where(is_token, position_ids, -1)
         return super().forward(input_ids, attention_mask, position_ids, *args, **kw)
+
+    @staticmethod
+    def _behind_prefix(position_ids: Tensor, num_queries: Tensor, computed_context_lens: Tensor) -> Tensor:
+        """Which of a prompt's padded tokens [B, S] are tokens. The first may be a cached one, computed again to fill
+        its bucket; num_queries and computed_context_lens [B, 1] count without those."""
+        count = num_queries + computed_context_lens - position_ids[:, :1]
+        return torch.arange(position_ids.shape[1], device=position_ids.device) < count
+
+    def _create_context_attn_mask(self, attention_mask: Tensor, **_: Any) -> Tensor:
+        """Of the cached prefix, if there is one; NxDI's own has the square of the prompt's length."""
+        return attention_mask
+
+    def get_model_output(self, *, attention_mask: Tensor | None = None, **kw: Any) -> Any:
+        """As the base model's. A decoding step that reads the whole pool of blocks has its mask over that."""
+        tables = kw.get("active_block_table")
+        if self.is_paged and not kw["is_for_context_encoding"] and self.kv_mgr.attends_pool(tables):
+            attention_mask = self.kv_mgr.pool_mask(tables, attention_mask[:, 0, 0].sum(-1))
+        return super().get_model_output(attention_mask=attention_mask, **kw)
 
 
 def __getattr__(name: str) -> Any:

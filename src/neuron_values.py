@@ -17,10 +17,14 @@ _COUNTS = (
     "max_length",
     "n_positions",
     "tp_degree",
+    "pa_num_blocks",
+    "pa_block_size",
 )
 _FLAGS = (
     "enable_bucketing",
     "is_continuous_batching",
+    "is_prefix_caching",
+    "is_block_kv_layout",
     "sequence_parallel_enabled",
     "on_cpu",
     "output_logits",
@@ -31,7 +35,7 @@ _FLAGS = (
 )
 # float16 only on the device.
 _DTYPES = (*MODEL_DTYPES, "float16")
-_BUCKETS = ("context_encoding_buckets", "token_generation_buckets")
+_BUCKETS = ("context_encoding_buckets", "token_generation_buckets", "prefix_buckets")
 
 
 def check_values(fields: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from neuronx_distributed.utils import cpu_mode
 from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
 from neuronx_distributed_inference.modules.custom_calls import CustomRMSNorm
+from neuronx_distributed_inference.modules.kvcache.block_kv_cache_manager import BlockKVCacheManager
 from neuronx_distributed_inference.modules.kvcache.kv_cache_manager import KVCacheManager
 from neuronx_distributed_inference.modules.moe_v2 import initialize_moe_module
 from torch import Tensor, nn

@@ -89,9 +89,12 @@ class RequestChecks:
     def _check_prompt(
         self, input_ids: Tensor, seq_ids: Tensor, positions: Tensor, mask: Tensor | None
     ) -> dict[str, Tensor]:
-        length, longest = input_ids.shape[1], self.neuron_config.max_context_length
-        if length > longest and not getattr(self.neuron_config, "allow_input_truncation", False):
-            raise ConfigError(f"prompt of {length} tokens exceeds max_context_length {longest}; raise it or shorten it")
+        neuron_config = self.neuron_config
+        # In blocks, prompts run in chunks of max_context_length.
+        limit = "max_length" if neuron_config.is_block_kv_layout else "max_context_length"
+        length, longest = input_ids.shape[1], getattr(neuron_config, limit)
+        if length > longest and not getattr(neuron_config, "allow_input_truncation", False):
+            raise ConfigError(f"prompt of {length} tokens exceeds {limit} {longest}; raise it or shorten it")
         expected = torch.arange(length, device=positions.device)
         if mask is None:  # what NxDI infers, which leaves a prompt of one token empty
             mask = (positions >= expected).to(torch.int64)

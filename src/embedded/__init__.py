@@ -6,7 +6,7 @@ same model classes and the same tests run on both. It is not traced: shapes may 
 
 from .generation import HuggingFaceGenerationAdapter
 from .model_base import NeuronBaseForCausalLM, NeuronBaseModel
-from .modules import KVCacheManager, rmsnorm_cls
+from .modules import BlockKVCacheManager, KVCacheManager, rmsnorm_cls
 from .moe import build_moe
 from .neuron_config import InferenceConfig, MoENeuronConfig
 from .parallel_layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear

@@ -10,6 +10,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import CheckpointError, ConfigError
 from .parallel_state import gather_sequence, initialize_model_parallel, split_sequence, tensor_parallel_rank
 
+# The arguments of a model's forward from sampling_params on to slot_mapping, which have no use here.
+_NXDIS_OWN = (None,) * 7
+
 
 class NeuronBaseModel(nn.Module):
     """Decoder stack over a KV cache. A subclass sets its sizes, its modules and its cache manager."""
@@ -41,18 +44,56 @@ class NeuronBaseModel(nn.Module):
         position_ids: Tensor,
         seq_ids: Tensor | slice,
         sampling_params: Tensor | None = None,
+        prev_hidden: Tensor | None = None,
+        adapter_ids: Tensor | None = None,
+        accepted_indices: Tensor | None = None,
+        current_length: Tensor | None = None,
+        medusa_mask: Tensor | None = None,
+        scatter_index: Tensor | None = None,
+        slot_mapping: Tensor | None = None,
+        active_block_table: Tensor | None = None,
+        num_queries: Tensor | None = None,
+        computed_context_lens: Tensor | None = None,
     ) -> Tensor:
         """Logits float32 [B, 1, vocab] of each sequence's last token; updates the cache.
 
         A prompt is right-padded: input_ids, attention_mask, position_ids [B, S]. Decoding takes one token per sequence,
-        [B, 1], with attention_mask [B, L] over the L cached positions to read.
+        [B, 1], with attention_mask [B, L] over the L cached positions to read. With a cache in blocks, a prompt's mask
+        is over its cached prefix, in the blocks of active_block_table [B, blocks], None where there is none; the new
+        tokens' keys go to slot_mapping [B, S]. The arguments stand where NxDI has them; those in between are its own.
         """
         prefill = self._is_context_encoding(input_ids)
-        if prefill:
-            mask, cache = None, None  # prompts are causal
-        else:
-            mask = attention_mask[:, None, None, :].to(torch.bool)
-            cache = self.kv_mgr.get_cache(attention_mask.shape[-1], seq_ids)
+        mask = attention_mask if prefill else attention_mask[:, None, None, :].to(torch.bool)
+        hidden_states = self.get_model_output(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            seq_ids=seq_ids,
+            is_for_context_encoding=prefill,
+            scatter_index=slot_mapping,
+            active_block_table=active_block_table,
+        )
+        last = position_ids.argmax(dim=-1)
+        rows = torch.arange(len(last), device=last.device)
+        return self.lm_head(hidden_states[rows, last][:, None]).to(torch.float32)
+
+    def get_model_output(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        seq_ids: Tensor | slice,
+        is_for_context_encoding: bool,
+        **blocks: Tensor | None,
+    ) -> Tensor:
+        """The hidden states [B, S, H] behind the last norm; the new tokens' keys are in the cache."""
+        prefill, tables = is_for_context_encoding, blocks["active_block_table"]
+        cache = None
+        if tables is not None or not prefill:
+            cache = self.kv_mgr.get_cache(
+                seq_len=attention_mask.shape[-1], seq_ids=seq_ids, is_for_context_encoding=prefill, **blocks
+            )
         sequence_parallel = self.neuron_config.sequence_parallel_enabled
         hidden_states = self.embed_tokens(input_ids)
         if sequence_parallel:
@@ -61,20 +102,23 @@ class NeuronBaseModel(nn.Module):
         for i, layer in enumerate(self.layers):
             hidden_states, key_value, cos, sin, _ = layer(
                 hidden_states,
-                attention_mask=mask,
+                attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_value=None if cache is None else cache[i],
                 cos_cache=cos,
                 sin_cache=sin,
+                is_for_context_encoding=prefill,
             )
             new_key_values.append(key_value)
-        self.kv_mgr.update_cache(prefill, seq_ids, position_ids, new_key_values)
+        self.kv_mgr.update_cache(
+            is_for_context_encoding=prefill,
+            seq_ids=seq_ids,
+            position_ids=position_ids,
+            new_key_values=new_key_values,
+            **blocks,
+        )
         hidden_states = self.norm(hidden_states)
-        if sequence_parallel:
-            hidden_states = gather_sequence(hidden_states)
-        last = position_ids.argmax(dim=-1)
-        rows = torch.arange(len(last), device=last.device)
-        return self.lm_head(hidden_states[rows, last][:, None]).to(torch.float32)
+        return gather_sequence(hidden_states) if sequence_parallel else hidden_states
 
 
 class NeuronBaseForCausalLM(nn.Module):
@@ -127,23 +171,64 @@ class NeuronBaseForCausalLM(nn.Module):
         position_ids: Tensor | None = None,
         seq_ids: Tensor | None = None,
         sampling_params: Tensor | None = None,
+        block_table: Tensor | None = None,
+        slot_mapping: Tensor | None = None,
+        full_context_lens: Tensor | None = None,
+        computed_context_lens: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, 1, vocab] of each sequence's last token.
 
         A call whose smallest position is 0 is a prompt, any other a decoding step. seq_ids [B] are the cache slots,
-        0..B-1 if not given. The caller has checked the request (requests.py).
+        0..B-1 if not given. With a cache in blocks, a prompt's first computed_context_lens [1, 1] tokens are in the
+        blocks of block_table [B, blocks] already, and slot_mapping [B, S] tells where the new ones go. The caller has
+        checked the request (requests.py).
         """
         if self.model is None:
             raise ConfigError("the model has no weights yet; call load() first")
         prefill = position_ids.min().item() == 0
         if attention_mask is None:
             attention_mask = _mask_from_positions(position_ids, prefill)
-        pad = self._pad_prompt if prefill else self._pad_decode
-        arguments = [t.to(self.device) for t in pad(input_ids, attention_mask, position_ids)]
-        logits = self.model(*arguments, seq_ids=self._slots(len(input_ids), seq_ids))
+        blocks: tuple[Tensor | None, ...] = ()
+        if block_table is not None:
+            counts = full_context_lens - computed_context_lens, computed_context_lens
+            arguments, tables = self._in_blocks(
+                input_ids, attention_mask, position_ids, block_table, slot_mapping, int(computed_context_lens[0])
+            )
+            blocks = *_NXDIS_OWN, *tables, *counts
+        else:
+            pad = self._pad_prompt if prefill else self._pad_decode
+            arguments = pad(input_ids, attention_mask, position_ids)
+        arguments = *arguments, self._slots(len(input_ids), seq_ids), *blocks
+        logits = self.model(*(t.to(self.device) if isinstance(t, Tensor) else t for t in arguments))
         self.kv_cache_populated = True
         return CausalLMOutputWithPast(logits=logits)
+
+    def _in_blocks(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        slots: Tensor,
+        computed: int,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]:
+        """The model's padded arguments, and slots and tables. A prompt is cut behind its cached prefix, whose mask and
+        blocks are left."""
+        if input_ids.shape[1] == 1:  # a step; NxDI takes prompts of one token for that, too
+            arguments = self._pad_decode(input_ids, mask, positions)
+            width = arguments[1].shape[1]
+        else:
+            rest = (tensor[:, computed:] for tensor in (input_ids, mask, positions))
+            ids, _, positions = self._pad_prompt(*rest)
+            neuron_config = self.neuron_config
+            prefixes = [*(neuron_config.prefix_buckets or ()), neuron_config.max_length]
+            width = _bucket(computed, prefixes) if computed else 0
+            arguments = ids, F.pad(mask[:, :computed], (0, width - computed)), positions
+            slots = F.pad(slots, (0, ids.shape[1] - slots.shape[1]), value=-1)
+        blocks = width // self.neuron_config.pa_block_size
+        tables = F.pad(table, (0, blocks - table.shape[1])) if blocks else None
+        return arguments, (slots, tables)
 
     def _slots(self, batch: int, seq_ids: Tensor | None) -> Tensor | slice:
         """A slice where the slots are 0..B-1, since indexing with a tensor copies the cache."""

@@ -43,7 +43,7 @@ class KVCacheManager(nn.Module):
     def _init_kv_shape(self, config: Any, layer_to_cache_size_mapping: list[int] | None = None) -> None:
         raise NotImplementedError
 
-    def get_cache(self, seq_len: int, seq_ids: Tensor | slice) -> list[tuple[Tensor, Tensor]]:
+    def get_cache(self, seq_len: int, seq_ids: Tensor | slice, **_: Any) -> list[tuple[Tensor, Tensor]]:
         """The first seq_len positions of the slots, (K, V) per layer; views where seq_ids is a slice."""
         tensors = [tensor[seq_ids, :, :seq_len] for tensor in self.past_key_values]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
@@ -54,6 +54,7 @@ class KVCacheManager(nn.Module):
         seq_ids: Tensor | slice,
         position_ids: Tensor,
         new_key_values: list[tuple[Tensor, Tensor]],
+        **_: Any,
     ) -> None:
         """Writes prompts from position 0 on, single new tokens at their positions, in place."""
         new = [tensor for pair in new_key_values for tensor in pair]
@@ -63,3 +64,25 @@ class KVCacheManager(nn.Module):
                 cache[slots, :, : latest.shape[2]] = latest
             else:
                 cache[slots, :, position_ids[:, 0]] = latest[:, :, 0]
+
+
+class BlockKVCacheManager(KVCacheManager):
+    """As KVCacheManager, in blocks: two tensors per layer, [blocks + 1, block_size, heads, dim] each.
+
+    Blocks are named by tables, int [B, blocks], and tokens written to slots: block * block_size + offset, or -1 for a
+    token that is not kept.
+    """
+
+    _NUM_EXTRA_RESERVED_BLOCK = 1
+
+    def get_cache(self, active_block_table: Tensor, **_: Any) -> list[tuple[Tensor, Tensor]]:
+        """The blocks of each sequence side by side, [B, heads, blocks * block_size, dim]; (K, V) per layer."""
+        tensors = [tensor[active_block_table].flatten(1, 2).transpose(1, 2) for tensor in self.past_key_values]
+        return list(zip(tensors[::2], tensors[1::2], strict=True))
+
+    def update_cache(self, new_key_values: list[tuple[Tensor, Tensor]], scatter_index: Tensor, **_: Any) -> None:
+        """Writes the new tokens [B, heads, S, dim] to the slots of scatter_index, int [B, S], in place."""
+        kept = scatter_index >= 0
+        new = [tensor for pair in new_key_values for tensor in pair]
+        for cache, latest in zip(self.past_key_values, new, strict=True):
+            cache.flatten(0, 1)[scatter_index[kept]] = latest.transpose(1, 2)[kept]

@@ -54,6 +54,11 @@ class MoENeuronConfig:
         self.enable_bucketing: bool = kwargs.pop("enable_bucketing", False)
         self.context_encoding_buckets: list[int] | None = kwargs.pop("context_encoding_buckets", None)
         self.token_generation_buckets: list[int] | None = kwargs.pop("token_generation_buckets", None)
+        self.is_prefix_caching: bool = kwargs.pop("is_prefix_caching", False)
+        self.is_block_kv_layout: bool = kwargs.pop("is_block_kv_layout", False)
+        self.pa_num_blocks: int = kwargs.pop("pa_num_blocks", self.batch_size)
+        self.pa_block_size: int = kwargs.pop("pa_block_size", self.seq_len)
+        self.prefix_buckets: list[int] | None = kwargs.pop("prefix_buckets", None)
         self.overrides_torch_dtype: bool = kwargs.pop("overrides_torch_dtype", "torch_dtype" in kwargs)
         dtype = kwargs.pop("torch_dtype", torch.bfloat16)
         self.torch_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -38,7 +38,13 @@ def compiled_shape(neuron_config: Any) -> CompiledShape:
         form=weight_form(getattr(neuron_config, "weights", BF16.name)),
         dtype=dtype_name(neuron_config.torch_dtype),
         lnc=neuron_config.logical_nc_config or DEFAULT_LNC,
+        **_blocks(neuron_config),
     )
+
+
+def _blocks(neuron_config: Any) -> dict[str, int]:
+    names = ("pa_block_size", "pa_num_blocks")
+    return {name: getattr(neuron_config, name) for name in names} if neuron_config.is_block_kv_layout else {}
 
 
 def instance_here() -> Instance | None:

@@ -26,7 +26,9 @@ RUNTIME_RESERVE = 360 * 10**6
 class CompiledShape:
     """What a model is compiled for. Fields as NxDI's NeuronConfig names them.
 
-    max_context_length: of the longest prompt, seq_len if 0. ctx_batch_size: prompts at a time, batch_size if 0.
+    max_context_length: of the longest prompt, or of a chunk of it where the cache is in blocks; seq_len if 0.
+    ctx_batch_size: prompts at a time, batch_size if 0. pa_block_size: tokens of a block, 0 for an unpaged cache.
+    pa_num_blocks: as many as batch_size sequences of seq_len tokens need if 0.
     """
 
     tp_degree: int
@@ -37,6 +39,24 @@ class CompiledShape:
     form: WeightForm = BF16
     dtype: str = "bfloat16"
     lnc: int = DEFAULT_LNC
+    pa_block_size: int = 0
+    pa_num_blocks: int = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of all sequences together; in blocks, with the one that takes what is not kept."""
+        if not self.pa_block_size:
+            return self.batch_size * self.seq_len
+        return (self.blocks + 1) * self.pa_block_size
+
+    @property
+    def blocks(self) -> int:
+        return self.pa_num_blocks or self.batch_size * (self.seq_len // self.pa_block_size)
+
+    @property
+    def prefix_length(self) -> int:
+        """The most cached tokens ahead of a chunk of a prompt."""
+        return self.seq_len - self.prompt_length if self.pa_block_size else 0
 
     @property
     def prompt_length(self) -> int:
@@ -44,7 +64,7 @@ class CompiledShape:
 
     @property
     def prompts(self) -> int:
-        return min(self.ctx_batch_size or self.batch_size, self.batch_size)
+        return 1 if self.pa_block_size else min(self.ctx_batch_size or self.batch_size, self.batch_size)
 
     def with_(self, **fields: int) -> "CompiledShape":
         return replace(self, **fields)
@@ -80,7 +100,7 @@ def rank_memory(config: ModelConfig, shape: CompiledShape, instance: Instance) -
             "choose a smaller tp_degree or a larger instance"
         )
     parts = dict(weight_bytes(config, shape.tp_degree, shape.dtype, shape.form))
-    parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.batch_size * shape.seq_len
+    parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.cached_tokens
     parts["logits"] = _logit_bytes(config, shape)
     parts["prompt scratch"] = scratch_bytes(config, shape)
     parts["runtime reserve"] = RUNTIME_RESERVE
@@ -94,7 +114,8 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
 
 def scratch_bytes(config: ModelConfig, shape: CompiledShape) -> int:
     """Of the longest prompt's graph, in whole pages."""
-    tensors = prompt_tensors(config, shape.tp_degree, shape.prompts, shape.prompt_length, shape.dtype, shape.form)
+    prompts = shape.prompts, shape.prompt_length
+    tensors = prompt_tensors(config, shape.tp_degree, *prompts, shape.dtype, shape.form, shape.prefix_length)
     return -(-activation_peak(tensors) // SCRATCH_PAGE) * SCRATCH_PAGE
 
 
