@@ -87,7 +87,8 @@ class NeuronBaseModel(nn.Module):
         is_for_context_encoding: bool,
         **blocks: Tensor | None,
     ) -> Tensor:
-        """The hidden states [B, S, H] behind the last norm; the new tokens' keys are in the cache."""
+        """The hidden states [B, S, H] behind the last norm; the new tokens' keys are in the cache. blocks: also what a
+        subclass adds for its layers and its cache manager."""
         prefill, tables = is_for_context_encoding, blocks["active_block_table"]
         cache = None
         if tables is not None or not prefill:
@@ -108,6 +109,7 @@ class NeuronBaseModel(nn.Module):
                 cos_cache=cos,
                 sin_cache=sin,
                 is_for_context_encoding=prefill,
+                **blocks,
             )
             new_key_values.append(key_value)
         self.kv_mgr.update_cache(
