@@ -63,6 +63,7 @@ class NeuronBaseModel(nn.Module):
         tokens' keys go to slot_mapping [B, S]. The arguments stand where NxDI has them; those in between are its own.
         """
         prefill = self._is_context_encoding(input_ids)
+        self.n_positions = attention_mask.shape[-1]
         mask = attention_mask if prefill else attention_mask[:, None, None, :].to(torch.bool)
         hidden_states = self.get_model_output(
             input_ids=input_ids,
@@ -93,7 +94,7 @@ class NeuronBaseModel(nn.Module):
         cache = None
         if tables is not None or not prefill:
             cache = self.kv_mgr.get_cache(
-                seq_len=attention_mask.shape[-1], seq_ids=seq_ids, is_for_context_encoding=prefill, **blocks
+                seq_len=self.n_positions, seq_ids=seq_ids, is_for_context_encoding=prefill, **blocks
             )
         sequence_parallel = self.neuron_config.sequence_parallel_enabled
         hidden_states = self.embed_tokens(input_ids)

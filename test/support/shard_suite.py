@@ -1,0 +1,143 @@
+"""A latent cache that the ranks share by sequence, on every backend; a test module runs it by importing all of it."""
+
+import pytest
+import torch
+from nxdi_deepseek import backend
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
+from nxdi_deepseek.errors import ConfigError
+from nxdi_deepseek.latent_cache import ShardedLatentKVCacheManager
+from nxdi_deepseek.modeling_deepseek import DeepseekV3InferenceConfig
+
+from support import models, nxdi
+from support.models import V3, Session, load_model, make_config, random_prompts
+
+# The tolerance asked for, relative to the largest logit: float32 rounding through three layers.
+TOLERANCE = 5e-6
+STEPS = 12
+PROMPTS = (2, 14, 9, 1)  # fewer tokens than ranks, and lengths that the ranks do not divide
+ONE_BY_ONE = {"is_continuous_batching": True, "ctx_batch_size": 1}
+PAGED = {"is_prefix_caching": True, "is_block_kv_layout": True, "pa_block_size": 8, "max_context_length": 16}
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, V3, seed=0)
+    return folder
+
+
+def forced(model, prompts, tokens):
+    """Logits [T + 1, B, V] after the prompts and after each of `tokens` [T, B]; shapes of the cache's tensors."""
+    session = Session(model)
+    logits = [session.prefill(prompts)]
+    logits += [session.decode(row) for row in tokens.tolist()]
+    return torch.stack(logits), [tuple(x.shape) for x in module_of(model).kv_mgr.past_key_values]
+
+
+def module_of(model):
+    return model.model if backend.NAME == "embedded" else model.token_generation_model.model
+
+
+def on_rank(model_dir, prompts, tokens, settings):
+    """Runs in a process of its own: a model for each of the settings, one after the other."""
+    models = (load_model(model_dir, batch_size=len(prompts), **neuron) for neuron in settings)
+    return [forced(model, prompts, tokens) for model in models]
+
+
+def assert_shards_equal_the_whole_cache(model_dir, shards, lengths=PROMPTS, vocab=256, tp_degree=4, **neuron):
+    """Against the same ranks, each of which holds the whole cache. Returns the shapes of the caches for each of
+    `shards`."""
+    prompts = random_prompts(lengths, vocab)
+    tokens = torch.tensor(random_prompts([len(lengths)] * STEPS, vocab, seed=1))
+    settings = [neuron | {"tp_degree": tp_degree, "kv_seq_shards": number} for number in (1, *shards)]
+    initialize = nxdi.init_cpu_parallel if backend.NAME == "nxdi" else models.init_embedded
+    arguments = str(model_dir), prompts, tokens, settings
+    for (expected, _), *results in nxdi.run_parallel(on_rank, tp_degree, *arguments, initialize=initialize):
+        for logits, _ in results:
+            torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE * expected.abs().max())
+    return [shapes for _, shapes in results]
+
+
+def test_shards_equal_the_whole_cache(model_dir):
+    shards = (2, 4)
+    found = assert_shards_equal_the_whole_cache(model_dir, shards, seq_len=52)
+    widths = [V3["qk_rope_head_dim"], V3["kv_lora_rank"]] * V3["num_hidden_layers"]
+    assert found == [[(4, 1, -(-52 // number) + 1, width) for width in widths] for number in shards]
+
+
+def test_buckets_and_prompts_one_by_one(model_dir):
+    """Buckets that the ranks do not divide; decoding crosses into the next one."""
+    buckets = {"context_encoding_buckets": [12, 20], "token_generation_buckets": [18, 30, 64]}
+    neuron = {"enable_bucketing": True, "seq_len": 64, "max_context_length": 20} | buckets | ONE_BY_ONE
+    assert_shards_equal_the_whole_cache(model_dir, (2, 4), **neuron)
+
+
+def test_shards_with_sequence_parallelism(model_dir):
+    neuron = {"sequence_parallel_enabled": True, "seq_len": 64} | ONE_BY_ONE
+    assert_shards_equal_the_whole_cache(model_dir, (4,), **neuron)
+
+
+@pytest.mark.parametrize("blocks", [{}, {"pa_num_blocks": 60}], ids=["pool", "gathered"])
+def test_shards_of_blocks(model_dir, blocks):
+    """Prompts in chunks of 16 tokens, prefixes shared or not; steps over the whole pool, or over gathered blocks."""
+    shards, neuron = (2, 4), PAGED | {"seq_len": 64} | blocks
+    count = blocks.get("pa_num_blocks", 4 * 64 // 8) + 1
+    for number, shapes in zip(
+        shards, assert_shards_equal_the_whole_cache(model_dir, shards, (33, 2, 17, 1), **neuron), strict=True
+    ):
+        assert {shape[:3] for shape in shapes} == {(count, 8 // number, 1)}
+
+
+REFUSED = {
+    "tp_degree": ({"kv_seq_shards": 3}, "kv_seq_shards 3 does not divide tp_degree 4"),
+    "block size": (PAGED | {"kv_seq_shards": 4, "pa_block_size": 2}, "pa_block_size 2 is no multiple"),
+    "none": ({"kv_seq_shards": 0}, "kv_seq_shards 0 must be an integer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_the_field(case):
+    fields, message = REFUSED[case]
+    with pytest.raises(ConfigError, match=message) as error:
+        make_config(V3, **{"tp_degree": 4, "seq_len": 64} | fields)
+    assert "\n" not in str(error.value)
+
+
+def test_shards_survive_saving(tmp_path):
+    make_config(V3, tp_degree=4, kv_seq_shards=4).save(tmp_path)
+    assert DeepseekV3InferenceConfig.load(str(tmp_path)).neuron_config.kv_seq_shards == 4
+
+
+@pytest.mark.parametrize("new", [1, 2, 4] if backend.NAME == "nxdi" else [1])  # tokens of a step
+def test_a_write_changes_only_the_owners_row(new):
+    """All columns of both tensors; on other ranks the last row alone, which is never read."""
+    if backend.NAME == "nxdi":
+        nxdi.init_cpu_parallel()
+    config = make_config(V3, batch_size=2, tp_degree=4, kv_seq_shards=4, seq_len=30)
+    manager = ShardedLatentKVCacheManager(config, num_kv_head=1)
+    rows, written = 8, 0
+    if backend.NAME == "embedded" and new > 1:
+        pytest.skip("the embedded runtime takes one token a step")
+    key_values = [
+        (torch.ones(2, 1, new, x), torch.ones(2, 1, new, y)) for x, y in [(manager.k_shape[3], manager.v_shape[3])] * 3
+    ]
+    positions = torch.tensor([[5], [16]]) + torch.arange(new)
+    for rank in range(4):
+        for cache in manager.past_key_values:
+            cache.data.zero_()
+        updated = manager.update_cache(
+            is_for_context_encoding=False,
+            seq_ids=torch.arange(2),
+            position_ids=positions,
+            new_key_values=key_values,
+            seq_len=30,
+            shard_rank=torch.tensor([rank], dtype=torch.int32),
+        )
+        for cache in updated or manager.past_key_values:
+            assert cache.shape[2] == rows + 1
+            expected = torch.zeros_like(cache)
+            for row, position in ((row, p) for row in range(2) for p in positions[row].tolist() if p % 4 == rank):
+                expected[row, :, position // 4] = 1
+                written += 1
+            assert torch.equal(cache[:, :, :-1], expected[:, :, :-1])
+    assert written == 2 * new * len(manager.past_key_values)
