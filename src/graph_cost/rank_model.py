@@ -35,8 +35,7 @@ class Part(nn.Module):
             model = model.layers[layer].self_attn if request.part == "attention" else model.layers[layer]
             self.inputs = _layer_inputs(request, instance.config.neuron_config, caches)
         self.module = model
-        slots = request.batch * caches[0].shape[2]
-        self.kv_bytes_per_token = sum(cache.nbytes for cache in caches) // slots
+        self.kv_bytes_per_token = sum(cache.nbytes for cache in caches) // (request.batch * request.length)
 
     def forward(self, *args: Any, **inputs: Any) -> list[Tensor]:
         outputs = self.module(*args, **inputs)
@@ -128,9 +127,12 @@ def _layer_inputs(request: Request, neuron_config: Any, cache: list[Tensor]) -> 
     batch, length = request.batch, request.length
     new = length if request.phase == "prefill" else 1
     ranks = request.tp_degree if neuron_config.sequence_parallel_enabled else 1
-    return {
+    shards = getattr(neuron_config, "kv_seq_shards", 1)
+    rows = -(-length // shards)
+    inputs = {
         "hidden_states": torch.empty(batch, new // ranks, request.model.hidden_size, dtype=torch.bfloat16),
-        "attention_mask": torch.empty(batch, 1, new, length, dtype=torch.bool),
+        "attention_mask": torch.empty(batch, 1, new, rows, dtype=torch.bool),
         "position_ids": torch.empty(batch, new, dtype=torch.int64),
-        "past_key_value": None if request.phase == "prefill" else cache,
+        "past_key_value": None if request.phase == "prefill" else [part[:, :, :rows] for part in cache],
     }
+    return inputs | ({"shard_rank": torch.empty(1, dtype=torch.int32)} if shards > 1 else {})
