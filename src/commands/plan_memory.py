@@ -12,8 +12,9 @@ from ..planning.instances import DEFAULT_INSTANCE, DEFAULT_LNC, INSTANCES, Insta
 from ..planning.plan_picture import save_plan_picture
 from ..planning.plan_report import make_memory_plan, plan_json, plan_text
 from ..planning.rank_memory import CompiledShape
+from ..planning.shard_choice import AUTO, fastest_shards
 from ..weight_forms import BF16, FORMS, weight_form
-from .arguments import file_name, positive_int
+from .arguments import add_kv_seq_shards, file_name, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=positive_int, default=512, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--max-context-length", type=positive_int, help="of the longest prompt; seq-len if not given")
     parser.add_argument("--ctx-batch-size", type=positive_int, help="prompts at a time; batch-size if not given")
+    add_kv_seq_shards(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--png", type=file_name, metavar="FILE", help="a picture too; needs matplotlib")
 
@@ -54,14 +56,18 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
     if args.ctx_batch_size and args.ctx_batch_size > args.batch_size:
         raise ConfigError(f"--ctx-batch-size {args.ctx_batch_size} exceeds --batch-size {args.batch_size}; lower it")
     degrees = list(possible_tp_degrees(config, instance.logical_cores(args.lnc)))
+    tp_degree, shards = args.tp_degree or max(degrees), args.kv_seq_shards
+    if shards == AUTO:
+        shards = fastest_shards(config, tp_degree, args.batch_size, args.seq_len)
     return CompiledShape(
-        tp_degree=args.tp_degree or max(degrees),
+        tp_degree=tp_degree,
         batch_size=args.batch_size,
         seq_len=args.seq_len,
         max_context_length=args.max_context_length or 0,
         ctx_batch_size=args.ctx_batch_size or 0,
         form=weight_form(args.weights),
         lnc=args.lnc,
+        kv_seq_shards=shards,
     )
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from ..dtypes import BY_TORCH
 from ..errors import ConfigError
 from ..model_config import ModelConfig
+from ..sharded_attention import rows_of
 from ..weight_forms import BF16, WeightForm
 from .instances import DEFAULT_LNC, Instance
 from .prompt_graph import activation_peak, prompt_tensors
+from .shard_choice import check_divides
 from .weight_parts import weight_bytes
 
 # Scratch memory of a graph comes in pages. The README of NxDI's contrib/models/DeepSeek-V3 names 512 MB for the prompt
@@ -27,6 +29,7 @@ class CompiledShape:
     """What a model is compiled for. Fields as NxDI's NeuronConfig names them.
 
     max_context_length: of the longest prompt, seq_len if 0. ctx_batch_size: prompts at a time, batch_size if 0.
+    kv_seq_shards: adjacent ranks that share each sequence's cache.
     """
 
     tp_degree: int
@@ -37,6 +40,7 @@ class CompiledShape:
     form: WeightForm = BF16
     dtype: str = "bfloat16"
     lnc: int = DEFAULT_LNC
+    kv_seq_shards: int = 1
 
     @property
     def prompt_length(self) -> int:
@@ -79,8 +83,9 @@ def rank_memory(config: ModelConfig, shape: CompiledShape, instance: Instance) -
             f"tp_degree {shape.tp_degree}: {instance.name} has {cores} logical cores at LNC {shape.lnc}; "
             "choose a smaller tp_degree or a larger instance"
         )
+    check_divides(shape.kv_seq_shards, shape.tp_degree)
     parts = dict(weight_bytes(config, shape.tp_degree, shape.dtype, shape.form))
-    parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.batch_size * shape.seq_len
+    parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.batch_size * _cache_rows(shape)
     parts["logits"] = _logit_bytes(config, shape)
     parts["prompt scratch"] = scratch_bytes(config, shape)
     parts["runtime reserve"] = RUNTIME_RESERVE
@@ -88,8 +93,14 @@ def rank_memory(config: ModelConfig, shape: CompiledShape, instance: Instance) -
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Of one sequence on one rank: every rank holds the latent and the rotary key of all layers."""
+    """Of one sequence on a rank that holds it: the latent and the rotary key of all layers."""
     return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * BY_TORCH[dtype].item_bytes
+
+
+def _cache_rows(shape: CompiledShape) -> int:
+    """Of one sequence on one rank. What is another rank's goes to a row of its own."""
+    shards = shape.kv_seq_shards
+    return shape.seq_len if shards == 1 else rows_of(shape.seq_len, shards) + 1
 
 
 def scratch_bytes(config: ModelConfig, shape: CompiledShape) -> int:
