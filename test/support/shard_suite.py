@@ -38,54 +38,75 @@ def module_of(model):
     return model.model if backend.NAME == "embedded" else model.token_generation_model.model
 
 
-def on_rank(model_dir, prompts, tokens, settings):
-    """Runs in a process of its own: a model for each of the settings, one after the other."""
-    models = (load_model(model_dir, batch_size=len(prompts), **neuron) for neuron in settings)
-    return [forced(model, prompts, tokens) for model in models]
+def on_rank(model_dir, cases):
+    """Runs in a process of its own. Results of `forced`, of a model for each number of shards, by case."""
+    found = {}
+    for name, (shards, prompts, tokens, neuron) in cases.items():
+        neuron = {"batch_size": len(prompts)} | neuron
+        models = (load_model(model_dir, kv_seq_shards=number, **neuron) for number in (1, *shards))
+        found[name] = [forced(model, prompts, tokens) for model in models]
+    return found
 
 
-def assert_shards_equal_the_whole_cache(model_dir, shards, lengths=PROMPTS, vocab=256, tp_degree=4, **neuron):
-    """Against the same ranks, each of which holds the whole cache. Returns the shapes of the caches for each of
-    `shards`."""
-    prompts = random_prompts(lengths, vocab)
+def case(shards, lengths=PROMPTS, vocab=256, tp_degree=4, **neuron):
+    """shards: numbers to compare with a whole cache on each rank."""
     tokens = torch.tensor(random_prompts([len(lengths)] * STEPS, vocab, seed=1))
-    settings = [neuron | {"tp_degree": tp_degree, "kv_seq_shards": number} for number in (1, *shards)]
+    return shards, random_prompts(lengths, vocab), tokens, neuron | {"tp_degree": tp_degree}
+
+
+def run_ranks(model_dir, cases, tp_degree=4):
+    """What on_rank gives on each rank, all in one group of processes: these are slow to start."""
     initialize = nxdi.init_cpu_parallel if backend.NAME == "nxdi" else models.init_embedded
-    arguments = str(model_dir), prompts, tokens, settings
-    for (expected, _), *results in nxdi.run_parallel(on_rank, tp_degree, *arguments, initialize=initialize):
-        for logits, _ in results:
-            torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE * expected.abs().max())
-    return [shapes for _, shapes in results]
+    return nxdi.run_parallel(on_rank, tp_degree, str(model_dir), cases, initialize=initialize)
 
 
-def test_shards_equal_the_whole_cache(model_dir):
-    shards = (2, 4)
-    found = assert_shards_equal_the_whole_cache(model_dir, shards, seq_len=52)
+def assert_equal_the_whole_cache(results):
+    """results: of `forced` on one rank, the first without shards."""
+    (expected, _), *others = results
+    for logits, _ in others:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE * expected.abs().max())
+
+
+CASES = {
+    "a batch": case((2, 4), seq_len=52),
+    # Lengths that the ranks do not divide; decoding crosses into the next bucket.
+    "buckets": case(
+        (2, 4),
+        enable_bucketing=True,
+        seq_len=64,
+        max_context_length=20,
+        context_encoding_buckets=[12, 20],
+        token_generation_buckets=[18, 30, 64],
+        **ONE_BY_ONE,
+    ),
+    "sequence parallelism": case((4,), sequence_parallel_enabled=True, seq_len=64, **ONE_BY_ONE),
+    # Prompts in chunks of 16 tokens, one of them shorter than the group.
+    "pool of blocks": case((2, 4), (33, 2, 17, 1), seq_len=64, **PAGED),
+    "gathered blocks": case((2, 4), (33, 2, 17, 1), seq_len=64, pa_num_blocks=60, **PAGED),
+}
+
+
+@pytest.fixture(scope="session")
+def ranks(model_dir):
+    return run_ranks(model_dir, CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shards_equal_the_whole_cache(ranks, name):
+    for found in ranks:
+        assert_equal_the_whole_cache(found[name])
+
+
+def test_each_rank_has_its_rows_and_one_more(ranks):
     widths = [V3["qk_rope_head_dim"], V3["kv_lora_rank"]] * V3["num_hidden_layers"]
-    assert found == [[(4, 1, -(-52 // number) + 1, width) for width in widths] for number in shards]
+    shapes = [shapes for _, shapes in ranks[0]["a batch"]]
+    assert shapes == [[(4, 1, rows, width) for width in widths] for rows in (52, 26 + 1, 13 + 1)]
 
 
-def test_buckets_and_prompts_one_by_one(model_dir):
-    """Buckets that the ranks do not divide; decoding crosses into the next one."""
-    buckets = {"context_encoding_buckets": [12, 20], "token_generation_buckets": [18, 30, 64]}
-    neuron = {"enable_bucketing": True, "seq_len": 64, "max_context_length": 20} | buckets | ONE_BY_ONE
-    assert_shards_equal_the_whole_cache(model_dir, (2, 4), **neuron)
-
-
-def test_shards_with_sequence_parallelism(model_dir):
-    neuron = {"sequence_parallel_enabled": True, "seq_len": 64} | ONE_BY_ONE
-    assert_shards_equal_the_whole_cache(model_dir, (4,), **neuron)
-
-
-@pytest.mark.parametrize("blocks", [{}, {"pa_num_blocks": 60}], ids=["pool", "gathered"])
-def test_shards_of_blocks(model_dir, blocks):
-    """Prompts in chunks of 16 tokens, prefixes shared or not; steps over the whole pool, or over gathered blocks."""
-    shards, neuron = (2, 4), PAGED | {"seq_len": 64} | blocks
-    count = blocks.get("pa_num_blocks", 4 * 64 // 8) + 1
-    for number, shapes in zip(
-        shards, assert_shards_equal_the_whole_cache(model_dir, shards, (33, 2, 17, 1), **neuron), strict=True
-    ):
-        assert {shape[:3] for shape in shapes} == {(count, 8 // number, 1)}
+@pytest.mark.parametrize(("name", "blocks"), [("pool of blocks", 4 * 64 // 8), ("gathered blocks", 60)])
+def test_each_rank_has_its_part_of_every_block(ranks, name, blocks):
+    shapes = [{shape[:3] for shape in shapes} for _, shapes in ranks[0][name]]
+    assert shapes == [{(blocks + 1, size, 1)} for size in (8, 4, 2)]
 
 
 REFUSED = {
