@@ -69,7 +69,9 @@ RowParallelLinear = _names.RowParallelLinear
 build_moe = _names.build_moe
 gather_columns = _names.gather_columns
 gather_sequence = _names.gather_sequence
+rank_of = _names.rank_of
 rmsnorm_cls = _names.rmsnorm_cls
+shard_group = _names.shard_group
 
 
 def describe() -> str:

@@ -13,6 +13,7 @@ from .neuron_values import check_values
 from .paged_fields import check_paging, fill_paging, fill_sizes
 from .quantized_fields import check_weights, fill_weights
 from .saved_config import CONFIG_FILE, check_saved_config, restore_enums
+from .shard_fields import check_shards
 from .third_party import told
 
 # NeuronConfig fields that the model does not implement: the one value that it accepts, and the remedy.
@@ -23,7 +24,7 @@ _UNSUPPORTED = {
         "leave chunked_prefill_config unset; with is_prefix_caching and is_block_kv_layout prompts longer than "
         "max_context_length run in chunks of it",
     ),
-    "flash_decoding_enabled": (False, "the latent cache is not sharded; leave it off"),
+    "flash_decoding_enabled": (False, "NxDI's does not know latents; kv_seq_shards splits the cache by sequence"),
     "cp_degree": (1, "context parallelism is not implemented"),
     "attention_dp_degree": (1, "attention data parallelism is not implemented"),
     "ep_degree": (1, "use tensor parallelism only"),
@@ -65,6 +66,8 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
     nearly empty. Of those the kernel reads neither the rows that hold no token nor weights that it has already
     (skip_dma_*). Pass `blockwise_matmul_config` to choose otherwise; it is taken as it is given.
     weights: the form of routed experts on a rank, a name of weight_forms.FORMS. NxDI's fields for it are filled in.
+    kv_seq_shards: adjacent ranks that share each sequence's cache among them (sharded_attention.py); 1, 4 (a chip), 16
+    or all 64 are meant, and 1 is the default: every rank holds all of it.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -76,6 +79,7 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         check_values(kwargs)
         _check_expert_kernel(kwargs["blockwise_matmul_config"])
         self.weights: str = kwargs.pop("weights")
+        self.kv_seq_shards: int = kwargs.pop("kv_seq_shards", 1)
         with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value
             super().__init__(**kwargs)
         if self.is_prefix_caching:
@@ -169,6 +173,7 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
             self._validate_sequence_parallel()
         if neuron_config.is_block_kv_layout:
             check_paging(neuron_config)
+        check_shards(neuron_config)
         self._validate_prompts()
         if neuron_config.enable_bucketing:
             self._validate_buckets("context_encoding_buckets", "max_context_length")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backend
+from .sharded_attention import own_rows, owned_place, rows_of
 
 if TYPE_CHECKING:
     from .config import DeepseekV3InferenceConfig
@@ -83,3 +84,64 @@ class PagedLatentKVCacheManager(backend.BlockKVCacheManager):
         offsets = torch.arange(size, dtype=torch.int32, device=block_table.device)
         positions = (order_of_block[:, :, None] * size + offsets).flatten(1)
         return (positions < lengths)[:, None, None, :]
+
+
+class ShardedLatentKVCacheManager(LatentKVCacheManager):
+    """Of each sequence, the tokens that this rank holds (sharded_attention.py): [slots, 1, ceil(L / G) + 1, ..]. The
+    last row takes what is another rank's."""
+
+    def _init_kv_shape(self, config: "DeepseekV3InferenceConfig", layer_to_cache_size_mapping: Any = None) -> None:
+        super()._init_kv_shape(config, layer_to_cache_size_mapping)
+        self.shards = config.neuron_config.kv_seq_shards
+        self.rows = rows_of(self.k_shape[2], self.shards)
+        self.k_shape, self.v_shape = ((*shape[:2], self.rows + 1, shape[3]) for shape in (self.k_shape, self.v_shape))
+
+    def get_cache(self, seq_len: int, **kw: Any) -> list[KeyValue]:
+        """The rows of the first seq_len positions."""
+        return super().get_cache(seq_len=rows_of(seq_len, self.shards), **kw)
+
+    def update_cache(
+        self,
+        *,
+        is_for_context_encoding: bool,
+        position_ids: Tensor,
+        new_key_values: list[KeyValue],
+        shard_rank: Tensor,
+        **kw: Any,
+    ) -> Any:
+        """As the base class's, of all new tokens; shard_rank: int [1], this rank's number in its group."""
+        if is_for_context_encoding:
+            new_key_values = [tuple(own_rows(x, self.shards, shard_rank) for x in pair) for pair in new_key_values]
+        else:
+            position_ids = owned_place(position_ids, self.shards, shard_rank, otherwise=self.rows)
+        kw["seq_len"] = self.rows + 1
+        return super().update_cache(
+            is_for_context_encoding=is_for_context_encoding,
+            position_ids=position_ids,
+            new_key_values=new_key_values,
+            **kw,
+        )
+
+
+class ShardedPagedLatentKVCacheManager(PagedLatentKVCacheManager):
+    """Of each block, the tokens that this rank holds (sharded_attention.py): [blocks + 1, block_size / G, 1, ..]. A
+    block's first position is a multiple of G, so that its offsets are dealt as positions are."""
+
+    def _init_kv_shape(self, config: "DeepseekV3InferenceConfig", layer_to_cache_size_mapping: Any = None) -> None:
+        super()._init_kv_shape(config, layer_to_cache_size_mapping)
+        self.shards = config.neuron_config.kv_seq_shards
+        self.k_shape, self.v_shape = (
+            (shape[0], shape[1] // self.shards, *shape[2:]) for shape in (self.k_shape, self.v_shape)
+        )
+
+    def update_cache(self, *, scatter_index: Tensor, shard_rank: Tensor, **kw: Any) -> Any:
+        """As the base class's. scatter_index: int [B, S], slots of a pool that is not split; shard_rank: int [1]."""
+        slots = owned_place(scatter_index, self.shards, shard_rank, otherwise=-1)
+        return super().update_cache(scatter_index=torch.where(scatter_index < 0, -1, slots), **kw)
+
+
+def latent_cache_manager(neuron_config: Any) -> type[backend.KVCacheManager]:
+    """The class of the cache that a NeuronConfig asks for."""
+    if neuron_config.is_block_kv_layout:
+        return PagedLatentKVCacheManager if neuron_config.kv_seq_shards == 1 else ShardedPagedLatentKVCacheManager
+    return LatentKVCacheManager if neuron_config.kv_seq_shards == 1 else ShardedLatentKVCacheManager

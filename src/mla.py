@@ -106,6 +106,24 @@ def absorbed_attention(
     return out_latent_BNSR @ w_uv_NVR.mT
 
 
+def partial_attention(
+    q_latent_BNSR: Tensor, q_pe_BNSP: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to some of the keys alone: the weighted sum of their latents, [B, N, S, R], and the log of the sum of
+    exponentials, float32 [B, N, S], with which it becomes a part of a softmax over more.
+
+    keys: (k_pe, latent), [B or 1, 1, L, P] and [B or 1, 1, L, R]; mask: bool, broadcastable to [B, N, S, L], None where
+    all keys count. Where none does, both are finite, and the logarithm is about the lowest number.
+    """
+    k_pe, latent = keys
+    scores = _scaled_scores(_shared_matmul(q_latent_BNSR, latent.mT) + _shared_matmul(q_pe_BNSP, k_pe.mT), mask, scale)
+    most = scores.amax(-1, keepdim=True)
+    exponentials = (scores - most).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    out_latent_BNSR = _shared_matmul((exponentials / total).to(latent.dtype), latent)
+    return out_latent_BNSR, (most + total.log()).squeeze(-1)
+
+
 def _shared_matmul(x_BNSd: Tensor, y_B1de: Tensor) -> Tensor:
     """x @ y, [B, N, S, e]: one product for all heads, and for all sequences where y has batch 1. A broadcast matmul
     would copy y, the whole cache, for each."""

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from . import backend
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
-from .latent_cache import KeyValue, LatentKVCacheManager, PagedLatentKVCacheManager
+from .latent_cache import KeyValue, LatentKVCacheManager, PagedLatentKVCacheManager, latent_cache_manager
 from .mla import absorbed_attention, expanded_attention, expands_prefix, query_growth
 from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
 from .router import DeepseekV3Router
+from .sharded_attention import by_rank, gathered_rows, held_rows, rows_of, sharded_attention
 
 if TYPE_CHECKING:
     from .application import NeuronDeepseekV3ForCausalLM
@@ -80,6 +81,8 @@ class DeepseekV3Attention(nn.Module):
         rope = model.rope_scaling
         self.query_growth = (rope.llama_4_scaling_beta, rope.original_max_position_embeddings) if rope else (None, 0)
         self.sequence_parallel = neuron_config.sequence_parallel_enabled
+        shards = neuron_config.kv_seq_shards
+        self.shard_group = backend.shard_group(shards) if shards > 1 else None
 
         column = {"bias": False, "gather_output": False, "dtype": dtype}
         norm = backend.rmsnorm_cls()
@@ -107,6 +110,7 @@ class DeepseekV3Attention(nn.Module):
         cos_cache: Tensor | None = None,
         sin_cache: Tensor | None = None,
         is_for_context_encoding: bool = False,
+        shard_rank: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue, Tensor, Tensor]:
         """hidden_states [B, S, H], position_ids [B, S]. With sequence parallelism, the hidden states of a prompt are
         this rank's tokens, [B, S/TP, H], and so is the output.
@@ -114,8 +118,9 @@ class DeepseekV3Attention(nn.Module):
         Prompt without a cached prefix (past_key_value None): causal, attention_mask is not read. Prompt behind one
         (is_for_context_encoding): (k_pe [B, 1, L, P], latent [B, 1, L, R]) of the prefix, attention_mask [B, L] over
         it. Decoding: the same of the cache, attention_mask bool [B, 1, S, L] over it, active_mask [B, 1, S, S] among
-        the new tokens (None for one). Returns the output, the new tokens' (k_pe, latent), and cos, sin for the next
-        layer.
+        the new tokens (None for one). With kv_seq_shards, the cache and a step's mask are of this rank's rows, and
+        shard_rank, int [1], is its number in its group. Returns the output, the new tokens' (k_pe, latent), and cos,
+        sin for the next layer.
         """
         if cos_cache is None:
             cos_cache, sin_cache = self.rotary_emb(position_ids)
@@ -132,7 +137,7 @@ class DeepseekV3Attention(nn.Module):
         elif is_prompt:
             out_BNSV = self._continue(q_nope, q_pe, past_key_value, active, attention_mask)
         else:
-            out_BNSV = self._decode(q_nope, q_pe, past_key_value, active, attention_mask, active_mask)
+            out_BNSV = self._decode(q_nope, q_pe, past_key_value, active, attention_mask, active_mask, shard_rank)
         output = self.o_proj(out_BNSV.transpose(1, 2).flatten(2))
         return output, active, cos_cache, sin_cache
 
@@ -163,6 +168,8 @@ class DeepseekV3Attention(nn.Module):
     def _continue(self, q_nope: Tensor, q_pe: Tensor, prefix: KeyValue, active: KeyValue, mask: Tensor) -> Tensor:
         """A prompt's tokens behind its cached prefix; mask [B, L] over that."""
         length = q_nope.shape[2]
+        if self.shard_group:
+            prefix, mask = gathered_rows(prefix, self.shard_group), by_rank(mask, self.shard_group.size)
         prefix_mask = mask[:, None, None, :].to(torch.bool)
         if expands_prefix(length, self.nope_dim, self.v_dim, self.kv_lora_rank):
             k_pe, latent = (torch.cat(pair, dim=2) for pair in zip(prefix, active, strict=True))
@@ -171,11 +178,22 @@ class DeepseekV3Attention(nn.Module):
         return self._decode(q_nope, q_pe, prefix, active, prefix_mask, causal)
 
     def _decode(
-        self, q_nope: Tensor, q_pe: Tensor, cached: KeyValue, active: KeyValue, mask: Tensor, active_mask: Tensor | None
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        cached: KeyValue,
+        active: KeyValue,
+        mask: Tensor,
+        active_mask: Tensor | None,
+        shard_rank: Tensor | None = None,
     ) -> Tensor:
+        """Over this rank's part of the cache where there is a shard_rank, else over all of it."""
         w_kv_NdR = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
         w_uk, w_uv = w_kv_NdR.tensor_split((self.nope_dim,), 1)
-        return absorbed_attention(q_nope, q_pe, w_uk, w_uv, cached, active, mask, active_mask, self.softmax_scale)
+        arguments = (q_nope, q_pe, w_uk, w_uv, cached, active, mask, active_mask, self.softmax_scale)
+        if shard_rank is None:
+            return absorbed_attention(*arguments)
+        return sharded_attention(*arguments, self.shard_group, shard_rank)
 
 
 class DeepseekV3DenseMLP(nn.Module):
@@ -224,6 +242,7 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
         sin_cache: Tensor | None = None,
         padding_mask: Tensor | None = None,
         is_for_context_encoding: bool = False,
+        shard_rank: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, KeyValue, Tensor, Tensor, None]:
         """As DeepseekV3Attention.forward, for the whole layer. The fifth result is NxDI's fused residual: not used."""
@@ -236,6 +255,7 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
             cos_cache,
             sin_cache,
             is_for_context_encoding,
+            shard_rank,
         )
         hidden_states = hidden_states + attention
         normed = self.post_attention_layernorm(hidden_states)
@@ -275,8 +295,8 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
     def init_inference_optimization(self, config: DeepseekV3InferenceConfig) -> None:
         super().init_inference_optimization(config)
         self.is_paged = config.neuron_config.is_block_kv_layout
-        manager = PagedLatentKVCacheManager if self.is_paged else LatentKVCacheManager
-        self.kv_mgr = manager(config, num_kv_head=self.num_key_value_heads)
+        self.kv_seq_shards = config.neuron_config.kv_seq_shards
+        self.kv_mgr = latent_cache_manager(config.neuron_config)(config, num_kv_head=self.num_key_value_heads)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuronDeepseekV3Model":
         """Moves and casts like any module, but leaves FP8 weights and their scales what they are: NxDI casts both to
@@ -316,11 +336,24 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         return attention_mask
 
     def get_model_output(self, *, attention_mask: Tensor | None = None, **kw: Any) -> Any:
-        """As the base model's. A decoding step that reads the whole pool of blocks has its mask over that."""
-        tables = kw.get("active_block_table")
-        if self.is_paged and not kw["is_for_context_encoding"] and self.kv_mgr.attends_pool(tables):
-            attention_mask = self.kv_mgr.pool_mask(tables, attention_mask[:, 0, 0].sum(-1))
+        """As the base model's. A decoding step has its mask over what it reads of the cache."""
+        if self.kv_seq_shards > 1:
+            kw["shard_rank"] = torch.remainder(backend.rank_of(self), self.kv_seq_shards)
+        if not kw["is_for_context_encoding"]:
+            attention_mask = self._step_mask(attention_mask, kw.get("active_block_table"), kw.get("shard_rank"))
         return super().get_model_output(attention_mask=attention_mask, **kw)
+
+    def _step_mask(self, mask: Tensor, tables: Tensor | None, shard_rank: Tensor | None) -> Tensor:
+        """The mask [B, 1, S, L] over the cached positions as one over the keys that this rank reads: of its own rows,
+        or of the whole pool of blocks."""
+        lengths = mask[:, 0, 0].sum(-1)
+        if shard_rank is not None:
+            lengths = held_rows(lengths, self.kv_seq_shards, shard_rank)
+            rows = torch.arange(rows_of(mask.shape[-1], self.kv_seq_shards), device=mask.device)
+            mask = (rows < lengths[:, None])[:, None, None, :]
+        if self.is_paged and self.kv_mgr.attends_pool(tables):
+            mask = self.kv_mgr.pool_mask(tables, lengths)
+        return mask
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ _COUNTS = (
     "tp_degree",
     "pa_num_blocks",
     "pa_block_size",
+    "kv_seq_shards",
 )
 _FLAGS = (
     "enable_bucketing",

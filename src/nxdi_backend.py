@@ -4,12 +4,19 @@ import copy
 import functools
 from typing import Any
 
+import torch
 from neuronx_distributed.modules.moe.expert_mlps_v2 import ExpertMLPsV2
 from neuronx_distributed.parallel_layers.layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from neuronx_distributed.parallel_layers.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region_with_dim,
+    reduce_scatter_to_tensor_model_parallel_region_with_dim,
     scatter_to_process_group_spmd,
+)
+from neuronx_distributed.parallel_layers.parallel_state import (
+    get_tensor_model_parallel_group,
+    get_tensor_model_parallel_replica_groups,
 )
 from neuronx_distributed.utils import cpu_mode
 from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
@@ -39,6 +46,50 @@ def gather_columns(x: Tensor) -> Tensor:
 def gather_sequence(x: Tensor) -> Tensor:
     """All tokens, from the ranks' parts of the sequence axis: [B, S/TP, H] to [B, S, H]."""
     return gather_from_sequence_parallel_region(x, sequence_dimension=1, to_model_parallel=False)
+
+
+def rank_of(model: nn.Module) -> Tensor:
+    """This rank's number, int32 [1]. All ranks run one graph, so that it is one of the model's weights."""
+    return model.rank_util.get_rank()
+
+
+class NxDShardGroup:
+    """The `size` adjacent ranks that share a latent cache: on trn2, at size 4, the logical cores of one chip."""
+
+    def __init__(self, whole: Any, size: int):
+        self.size = size
+        self._group = whole if whole.size() == size else _adjacent_ranks(size)
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """The ranks' tensors side by side along one axis."""
+        return gather_from_tensor_model_parallel_region_with_dim(x, dim, self._group)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """The sum of the ranks' tensors: of one axis, this rank's part."""
+        return reduce_scatter_to_tensor_model_parallel_region_with_dim(x, dim, self._group)
+
+
+def shard_group(size: int) -> NxDShardGroup:
+    """Called by all ranks. One for all layers."""
+    return _shard_group(get_tensor_model_parallel_group(), size)
+
+
+_shard_group = functools.cache(NxDShardGroup)
+
+
+def _adjacent_ranks(size: int) -> Any:
+    """A process group, made as NxD makes its own. The one that it has for shared keys outlives its other groups."""
+    mesh = [
+        ranks[first : first + size]
+        for ranks in get_tensor_model_parallel_replica_groups()
+        for first in range(0, len(ranks), size)
+    ]
+    own = torch.distributed.get_rank()
+    if cpu_mode():  # every rank takes part in making each group
+        made = {tuple(ranks): torch.distributed.new_group(ranks, backend="gloo") for ranks in mesh}
+        return next(group for ranks, group in made.items() if own in ranks)
+    ranks = next(ranks for ranks in mesh if own in ranks)
+    return torch.distributed.new_group(ranks, pg_options={"xla_pg_options": {"mesh": mesh}})
 
 
 def _own_tokens(spmd_rank: nn.Module, tokens: Tensor) -> Tensor:

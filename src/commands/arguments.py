@@ -5,6 +5,7 @@ import math
 from typing import NoReturn
 
 from ..errors import ConfigError
+from ..planning.shard_choice import AUTO
 from ..weight_forms import BF16, FORMS
 
 _LARGEST_SEED = 2**32 - 1  # numpy's bound, which transformers.set_seed keeps to
@@ -45,6 +46,21 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=list(FORMS), default=BF16.name, help=f"routed experts on a rank: {what} (%(default)s)"
     )
+
+
+def add_kv_seq_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-seq-shards",
+        type=_shards,
+        default=1,
+        metavar="N",
+        help="adjacent ranks that share each sequence's cache, 1, 4, 16 or 64; auto: what a step's bytes and "
+        "collectives speak for (%(default)s)",
+    )
+
+
+def _shards(text: str) -> int | str:
+    return text if text == AUTO else positive_int(text)
 
 
 def positive_int(text: str) -> int:

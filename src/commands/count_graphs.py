@@ -16,8 +16,9 @@ from ..graph_cost.risk import cut, format_risks
 from ..graph_cost.table import format_comparison, format_costs
 from ..graph_cost.time_model import Machine, bound
 from ..model_config import read_config_json
+from ..planning.shard_choice import AUTO, check_divides, fastest_shards
 from ..weight_forms import BF16, weight_form
-from .arguments import add_weights
+from .arguments import add_kv_seq_shards, add_weights
 
 _GRAPHS = (
     *(f"attention,prefill,{length},1" for length in (512, 2048, 8192, 32768)),
@@ -36,7 +37,7 @@ _MACHINE_OPTIONS = {
 }
 
 # Fields of the NeuronConfig that the other arguments decide.
-_FIXED_FIELDS = {"tp_degree", "seq_len", "max_context_length", "batch_size", "weights"}
+_FIXED_FIELDS = {"tp_degree", "seq_len", "max_context_length", "batch_size", "weights", "kv_seq_shards"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-dir", help="folder with a config.json; the released 671B model's if not given")
     parser.add_argument("--tp-degree", type=int, default=64, help="ranks that share the model (%(default)s)")
     add_weights(parser)
+    add_kv_seq_shards(parser)
     parser.add_argument("--neuron-config", type=_json_object, default={}, help="more NeuronConfig fields, as JSON")
     parser.add_argument("--impl", help="folder of another package, which holds modeling_deepseek.py; it is run")
     parser.add_argument("--compare", action="store_true", help="with --impl: both, side by side")
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     requests = _requests(args)
     if args.risk:
         return _tell_risks(requests, args.impl and _package_folder(args.impl))
-    machine = Machine(**{name: getattr(args, name) * size for name, _, size in _MACHINE_OPTIONS.values()})
+    machine = _machine(args)
     impls = [_package_folder(args.impl), None] if args.compare else [args.impl and _package_folder(args.impl)]
     costs = [_costs(requests, impl) for impl in impls]
     if args.json:
@@ -94,6 +96,10 @@ def run(args: argparse.Namespace) -> int:
     print("dots and expert kernel: on an array of 128 by 128, float32 in four passes; counted, not measured.")
     print("bound: max(FLOPs / peak, bytes / bandwidth) + collectives, from published peaks; no measurement.")
     return 0
+
+
+def _machine(args: argparse.Namespace) -> Machine:
+    return Machine(**{name: getattr(args, name) * size for name, _, size in _MACHINE_OPTIONS.values()})
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:
@@ -107,7 +113,18 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     if args.graphs and len(possible) < len(requests):
         missing = next(request for request in requests if request.layer is None)
         raise GraphCostError(f"graph {missing}: the model has no {missing.part} layer; leave it out")
-    return possible
+    return [_with_shards(request, args) for request in possible]
+
+
+def _with_shards(request: Request, args: argparse.Namespace) -> Request:
+    """The request with --kv-seq-shards; of `auto`, what a decoding step of its length and batch speaks for."""
+    shards = args.kv_seq_shards
+    if shards == AUTO:
+        shards = fastest_shards(request.model, args.tp_degree, request.batch, request.length, _machine(args))
+    check_divides(shards, args.tp_degree)
+    if shards == 1:
+        return request
+    return dataclasses.replace(request, neuron_config=request.neuron_config | {"kv_seq_shards": shards})
 
 
 def _tell_risks(requests: list[Request], impl: str | None) -> int:

@@ -12,8 +12,9 @@ from ..planning.instances import DEFAULT_INSTANCE, DEFAULT_LNC, INSTANCES, Insta
 from ..planning.plan_picture import save_plan_picture
 from ..planning.plan_report import make_memory_plan, plan_json, plan_text
 from ..planning.rank_memory import CompiledShape
+from ..planning.shard_choice import AUTO, fastest_shards
 from ..weight_forms import BF16, FORMS, weight_form
-from .arguments import file_name, positive_int
+from .arguments import add_kv_seq_shards, file_name, positive_int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block-size", type=positive_int, help="tokens of a block: a cache in blocks, and prompts in chunks"
     )
     parser.add_argument("--num-blocks", type=positive_int, help="blocks; what batch-size and seq-len need if not given")
+    add_kv_seq_shards(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--png", type=file_name, metavar="FILE", help="a picture too; needs matplotlib")
 
@@ -59,8 +61,11 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
         raise ConfigError(f"--ctx-batch-size {args.ctx_batch_size} exceeds --batch-size {args.batch_size}; lower it")
     _check_blocks(args)
     degrees = list(possible_tp_degrees(config, instance.logical_cores(args.lnc)))
+    tp_degree, shards = args.tp_degree or max(degrees), args.kv_seq_shards
+    if shards == AUTO:
+        shards = fastest_shards(config, tp_degree, args.batch_size, args.seq_len)
     return CompiledShape(
-        tp_degree=args.tp_degree or max(degrees),
+        tp_degree=tp_degree,
         batch_size=args.batch_size,
         seq_len=args.seq_len,
         max_context_length=args.max_context_length or 0,
@@ -69,11 +74,14 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
         lnc=args.lnc,
         pa_block_size=args.block_size or 0,
         pa_num_blocks=args.num_blocks or 0,
+        kv_seq_shards=shards,
     )
 
 
 def _check_blocks(args: argparse.Namespace) -> None:
-    size = args.block_size
+    size, shards = args.block_size, args.kv_seq_shards
+    if size and shards != AUTO and size % shards:
+        raise ConfigError(f"--block-size {size} is no multiple of --kv-seq-shards {shards}; change one of them")
     if not size:
         if args.num_blocks:
             raise ConfigError("--num-blocks needs --block-size, the tokens of a block")

@@ -76,12 +76,19 @@ class DeviceModel:
     """All graphs of a model over weights and caches, by name and rank.
 
     Called with the inputs of a graph it returns its first output that is no cache, or the list of them, as NxDModel
-    does. Outputs, caches among them, must be the same on all ranks. Raises DeviceGraphError, and ValueError for inputs
-    of other shapes.
+    does. Outputs must be the same on all ranks; so must caches, which `kv_seq_shards` adjacent ranks share: on those
+    that hold the same part. Raises DeviceGraphError, and ValueError for inputs of other shapes.
     """
 
-    def __init__(self, replicas: Replicas, graphs: Iterable[BucketGraph], tensors: dict[str, list[Buffer]]):
+    def __init__(
+        self,
+        replicas: Replicas,
+        graphs: Iterable[BucketGraph],
+        tensors: dict[str, list[Buffer]],
+        kv_seq_shards: int = 1,
+    ):
         self.replicas, self.graphs, self.tensors = replicas, list(graphs), tensors
+        self.kv_seq_shards = kv_seq_shards
         self._by_shapes = {graph.shapes: graph for graph in self.graphs}
         for graph in self.graphs:
             self._check_shapes(graph)
@@ -103,7 +110,7 @@ class DeviceModel:
         graph.calls += 1
         lowering = graph.lowering
         for name, place in lowering.aliases.items():
-            _check_same(f"{name} after {graph.name}", outputs[place])
+            _check_same(f"{name} after {graph.name}", outputs[place], self.kv_seq_shards)
             self.tensors[name] = outputs[place]
         for call in lowering.lowered.hooked:
             self._run_hooks(call, outputs)
@@ -167,8 +174,9 @@ def shapes_of(inputs: Iterable[Tensor]) -> Shapes:
     return tuple(tuple(tensor.shape) for tensor in inputs)
 
 
-def _check_same(what: str, buffers: list[Buffer]) -> None:
-    first = to_numpy(buffers[0]).tobytes()
-    for rank, buffer in enumerate(buffers[1:], 1):
-        if to_numpy(buffer).tobytes() != first:
-            raise DeviceGraphError(f"{what} differs between rank 0 and rank {rank}")
+def _check_same(what: str, buffers: list[Buffer], shards: int = 1) -> None:
+    """On ranks whose numbers are the same modulo `shards`."""
+    first = [to_numpy(buffer).tobytes() for buffer in buffers[:shards]]
+    for rank, buffer in enumerate(buffers[shards:], shards):
+        if to_numpy(buffer).tobytes() != first[rank % shards]:
+            raise DeviceGraphError(f"{what} differs between rank {rank % shards} and rank {rank}")

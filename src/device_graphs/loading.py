@@ -64,7 +64,7 @@ def _load(model: Any, weights: list[dict[str, Tensor]]) -> DeviceModel:
     _share_hooks([instance.module for instance in instances.values()])
     tensors = {name: replicas.put([rank[name] for rank in weights]) for name in weights[0]}
     tensors |= {name: replicas.replicate(value) for name, value in states.items()}
-    device_model = DeviceModel(replicas, graphs, tensors)
+    device_model = DeviceModel(replicas, graphs, tensors, neuron_config.kv_seq_shards)
     for wrapper, instance in instances.items():
         wrapper.model = TracedModule(device_model, instance.module)
         wrapper.is_neuron = lambda: True

@@ -11,4 +11,4 @@ from .moe import build_moe
 from .neuron_config import InferenceConfig, MoENeuronConfig
 from .parallel_layers import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 from .parallel_state import all_gather as gather_columns
-from .parallel_state import gather_sequence
+from .parallel_state import gather_sequence, rank_of, shard_group

@@ -63,6 +63,7 @@ class NeuronBaseModel(nn.Module):
         tokens' keys go to slot_mapping [B, S]. The arguments stand where NxDI has them; those in between are its own.
         """
         prefill = self._is_context_encoding(input_ids)
+        self.n_positions = attention_mask.shape[-1]
         mask = attention_mask if prefill else attention_mask[:, None, None, :].to(torch.bool)
         hidden_states = self.get_model_output(
             input_ids=input_ids,
@@ -87,12 +88,13 @@ class NeuronBaseModel(nn.Module):
         is_for_context_encoding: bool,
         **blocks: Tensor | None,
     ) -> Tensor:
-        """The hidden states [B, S, H] behind the last norm; the new tokens' keys are in the cache."""
+        """The hidden states [B, S, H] behind the last norm; the new tokens' keys are in the cache. blocks: also what a
+        subclass adds for its layers and its cache manager."""
         prefill, tables = is_for_context_encoding, blocks["active_block_table"]
         cache = None
         if tables is not None or not prefill:
             cache = self.kv_mgr.get_cache(
-                seq_len=attention_mask.shape[-1], seq_ids=seq_ids, is_for_context_encoding=prefill, **blocks
+                seq_len=self.n_positions, seq_ids=seq_ids, is_for_context_encoding=prefill, **blocks
             )
         sequence_parallel = self.neuron_config.sequence_parallel_enabled
         hidden_states = self.embed_tokens(input_ids)
@@ -108,6 +110,7 @@ class NeuronBaseModel(nn.Module):
                 cos_cache=cos,
                 sin_cache=sin,
                 is_for_context_encoding=prefill,
+                **blocks,
             )
             new_key_values.append(key_value)
         self.kv_mgr.update_cache(

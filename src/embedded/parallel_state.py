@@ -1,8 +1,10 @@
 """The tensor-parallel group: one process, or all processes of torch.distributed."""
 
+import functools
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..third_party import started_by_torchrun, told
@@ -70,3 +72,37 @@ def own_tokens(tokens: Tensor) -> Tensor:
 def reduce(x: Tensor, sequence_parallel: bool) -> Tensor:
     """The sum of the ranks' x [B, S, H]; with sequence parallelism, this rank's part of it."""
     return split_sequence(all_reduce(x)) if sequence_parallel else all_reduce(x)
+
+
+def rank_of(model: nn.Module) -> Tensor:
+    """This rank's number, int32 [1], where the model's weights are."""
+    device = next(model.parameters()).device
+    return torch.tensor([tensor_parallel_rank()], dtype=torch.int32, device=device)
+
+
+class ProcessShardGroup:
+    """The `size` adjacent ranks that share a latent cache."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._group = None  # all ranks
+        if size < tensor_parallel_size():
+            self._group, _ = dist.new_subgroups(size)
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """The ranks' tensors side by side along one axis."""
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self._group)
+        return torch.cat(parts, dim=dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """The sum of the ranks' tensors: of one axis, this rank's part. (gloo has no such operation.)"""
+        x = x.contiguous()
+        dist.all_reduce(x, group=self._group)
+        return x.chunk(self.size, dim=dim)[tensor_parallel_rank() % self.size]
+
+
+@functools.cache
+def shard_group(size: int) -> ProcessShardGroup:
+    """Called by all ranks. One for all layers."""
+    return ProcessShardGroup(size)

@@ -32,6 +32,7 @@ def check_memory_plan(vllm_config: Any, fixed: Mapping[str, Any]) -> None:
         dtype=dtype_name(model_config.dtype),
         lnc=fixed.get("logical_nc_config") or DEFAULT_LNC,
         **_blocks(vllm_config.cache_config),
+        kv_seq_shards=fixed.get("kv_seq_shards") or 1,
     )
     check_fits(load_model_config(model_config.model), shape, instance)
 

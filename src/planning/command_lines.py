@@ -13,8 +13,10 @@ _SERVED = "compiled-vllm"
 
 def command_lines(config: ModelConfig, shape: CompiledShape, model_dir: str) -> dict[str, str]:
     """Command lines by what they do. `serve` is left out where prompts are shorter than seq_len and no chunks: vLLM
-    sends prompts up to its own limit."""
-    lines = {"shard": _shard(shape, model_dir, _COMPILED), "inference_demo": _inference_demo(config, shape, model_dir)}
+    sends prompts up to its own limit. inference_demo is left out with kv_seq_shards, for which it has no option."""
+    lines = {"shard": _shard(shape, model_dir, _COMPILED)}
+    if shape.kv_seq_shards == 1:
+        lines["inference_demo"] = _inference_demo(config, shape, model_dir)
     if shape.prompt_length == shape.seq_len or shape.pa_block_size:
         lines |= {"shard for vLLM": _shard(shape, model_dir, _SERVED), "vLLM": _vllm(shape, model_dir)}
     return lines
@@ -47,6 +49,7 @@ def _inference_demo(config: ModelConfig, shape: CompiledShape, model_dir: str) -
 def _vllm(shape: CompiledShape, model_dir: str) -> str:
     overrides = {"save_sharded_checkpoint": True, "logical_nc_config": shape.lnc}
     overrides |= {"weights": shape.form.name} if shape.form.is_fp8 else {}
+    overrides |= {"kv_seq_shards": shape.kv_seq_shards} if shape.kv_seq_shards > 1 else {}
     words = ["vllm", "serve", model_dir, "--tensor-parallel-size", shape.tp_degree, "--max-model-len", shape.seq_len]
     words += ["--max-num-seqs", shape.batch_size]
     if shape.pa_block_size:

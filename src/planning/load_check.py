@@ -39,6 +39,7 @@ def compiled_shape(neuron_config: Any) -> CompiledShape:
         dtype=dtype_name(neuron_config.torch_dtype),
         lnc=neuron_config.logical_nc_config or DEFAULT_LNC,
         **_blocks(neuron_config),
+        kv_seq_shards=getattr(neuron_config, "kv_seq_shards", 1),
     )
 
 

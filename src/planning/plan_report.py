@@ -83,8 +83,9 @@ def _text_lines(plan: MemoryPlan) -> Iterator[str]:
     shape, memory, instance = plan.shape, plan.memory, plan.instance
     yield (
         f"{plan.model_type} on {instance.name}, LNC {shape.lnc}: tp_degree {shape.tp_degree}, weights "
-        f"{shape.form.name}, batch_size {shape.batch_size}, seq_len {shape.seq_len}, prompts "
-        f"{'in chunks of' if shape.pa_block_size else 'up to'} {shape.prompt_length}, {shape.prompts} at a time"
+        f"{shape.form.name}, batch_size {shape.batch_size}, seq_len {shape.seq_len}, kv_seq_shards "
+        f"{shape.kv_seq_shards}, prompts {'in chunks of' if shape.pa_block_size else 'up to'} {shape.prompt_length}, "
+        f"{shape.prompts} at a time"
     )
     yield ""
     yield "GB on each rank"
@@ -98,7 +99,7 @@ def _text_lines(plan: MemoryPlan) -> Iterator[str]:
     if plan.nearest:
         yield f"  what does: {', or '.join(plan.nearest)}"
     yield ""
-    yield f"largest seq_len by batch_size   ({plan.cache_per_token:,} bytes of cache a token)"
+    yield f"largest seq_len by batch_size   ({_cache_words(plan)})"
     yield from _bars({f"batch {batch}": length for batch, length in plan.seq_lens.items()})
     yield "largest batch_size by seq_len"
     yield from _bars({f"{length:,}": batch for length, batch in plan.batch_sizes.items()})
@@ -116,6 +117,12 @@ def _padding_lines(padding: HeadPadding, tp_degree: int) -> Iterator[str]:
             f"  {padding.heads} heads padded to {padding.padded}, {padding.padded // tp_degree} on each rank: "
             f"{padding.share:.1%} of their work and {padding.bytes / 1e9:.3f} GB of all ranks' weights are zeros"
         )
+
+
+def _cache_words(plan: MemoryPlan) -> str:
+    shards = plan.shape.kv_seq_shards
+    words = f"{plan.cache_per_token:,} bytes of cache a token"
+    return words if shards == 1 else f"{words}, on one of {shards} ranks"
 
 
 def _bars(figures: dict[str, int]) -> Iterator[str]:

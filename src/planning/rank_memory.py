@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from ..dtypes import BY_TORCH
 from ..errors import ConfigError
 from ..model_config import ModelConfig
+from ..sharded_attention import rows_of
 from ..weight_forms import BF16, WeightForm
 from .instances import DEFAULT_LNC, Instance
 from .prompt_graph import activation_peak, prompt_tensors
+from .shard_choice import check_divides
 from .weight_parts import weight_bytes
 
 # Scratch memory of a graph comes in pages. The README of NxDI's contrib/models/DeepSeek-V3 names 512 MB for the prompt
@@ -28,7 +30,8 @@ class CompiledShape:
 
     max_context_length: of the longest prompt, or of a chunk of it where the cache is in blocks; seq_len if 0.
     ctx_batch_size: prompts at a time, batch_size if 0. pa_block_size: tokens of a block, 0 for an unpaged cache.
-    pa_num_blocks: as many as batch_size sequences of seq_len tokens need if 0.
+    pa_num_blocks: as many as batch_size sequences of seq_len tokens need if 0. kv_seq_shards: adjacent ranks that share
+    each sequence's cache.
     """
 
     tp_degree: int
@@ -41,13 +44,16 @@ class CompiledShape:
     lnc: int = DEFAULT_LNC
     pa_block_size: int = 0
     pa_num_blocks: int = 0
+    kv_seq_shards: int = 1
 
     @property
-    def cached_tokens(self) -> int:
-        """Of all sequences together; in blocks, with the one that takes what is not kept."""
-        if not self.pa_block_size:
-            return self.batch_size * self.seq_len
-        return (self.blocks + 1) * self.pa_block_size
+    def cached_rows(self) -> int:
+        """Of all sequences together, on one rank. Blocks have one more, sequences that are split over ranks one row
+        each, that takes what is not kept."""
+        shards = self.kv_seq_shards
+        if self.pa_block_size:
+            return (self.blocks + 1) * self.pa_block_size // shards
+        return self.batch_size * (self.seq_len if shards == 1 else rows_of(self.seq_len, shards) + 1)
 
     @property
     def blocks(self) -> int:
@@ -99,8 +105,9 @@ def rank_memory(config: ModelConfig, shape: CompiledShape, instance: Instance) -
             f"tp_degree {shape.tp_degree}: {instance.name} has {cores} logical cores at LNC {shape.lnc}; "
             "choose a smaller tp_degree or a larger instance"
         )
+    check_divides(shape.kv_seq_shards, shape.tp_degree)
     parts = dict(weight_bytes(config, shape.tp_degree, shape.dtype, shape.form))
-    parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.cached_tokens
+    parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.cached_rows
     parts["logits"] = _logit_bytes(config, shape)
     parts["prompt scratch"] = scratch_bytes(config, shape)
     parts["runtime reserve"] = RUNTIME_RESERVE
@@ -108,7 +115,7 @@ def rank_memory(config: ModelConfig, shape: CompiledShape, instance: Instance) -
 
 
 def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Of one sequence on one rank: every rank holds the latent and the rotary key of all layers."""
+    """Of one sequence on a rank that holds it: the latent and the rotary key of all layers."""
     return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * BY_TORCH[dtype].item_bytes
 
 
