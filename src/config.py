@@ -8,6 +8,7 @@ from typing import Any
 from . import backend
 from .dtypes import BY_TORCH
 from .errors import ConfigError
+from .family import text_fields
 from .model_config import OTHER_FORM_IN_JSON, ModelConfig, load_model_config, read_config_json, read_model_config
 from .neuron_values import check_values
 from .paged_fields import check_paging, fill_paging, fill_sizes
@@ -144,6 +145,8 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
     def add_derived_config(self) -> None:
         """Sets what NxDI reads as attributes: the checked values, and defaults for what the file lacks."""
         self.num_cores_per_group = 1
+        text = text_fields(vars(self))  # its own, or those of a config within the config
+        vars(self).update({name: value for name, value in text.items() if not name.startswith("_")})
         model = self.model
         for field in fields(model):
             if field.name not in OTHER_FORM_IN_JSON:

@@ -5,6 +5,7 @@ A member that differs by config only is a row here and its judge in the tests (d
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
@@ -123,7 +124,8 @@ FAMILY = {
     )
 }
 # Models of text and images whose text_config is a member's: model_type -> architectures. The text model is what runs.
-WRAPPERS = {"kimi_k25": ("KimiK25ForConditionalGeneration",)}
+# Mistral's architecture is that of older models too, which vLLM runs itself: it is not taken over.
+WRAPPERS = {"kimi_k25": ("KimiK25ForConditionalGeneration",), "mistral3": ()}
 MODEL_TYPES = (*FAMILY, *WRAPPERS)
 _NAMES = [*(member.architectures for member in FAMILY.values()), *WRAPPERS.values()]
 ARCHITECTURES = tuple(dict.fromkeys(name for names in _NAMES for name in names))
@@ -162,6 +164,7 @@ def text_fields(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if fields.get("model_type") not in WRAPPERS:
         return fields
     text = fields.get("text_config")
+    text = vars(text) if isinstance(text, SimpleNamespace) else text  # NxDI's, of a config of transformers
     if not isinstance(text, Mapping):
         raise ConfigError(f"config.json: text_config {text!r} must be a JSON object: the config of the text model")
     shared = {name: fields[name] for name in _OF_BOTH if fields.get(name) is not None}

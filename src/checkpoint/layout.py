@@ -25,7 +25,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
 # Some write the language model as a part of a larger one, some leave `model.` out, as NxDI does.
 _PREFIXES = ("language_model.", "model.language_model.")
-_VISION = ("model.vision_tower.", "model.mm_projector.")
+_VISION = ("model.vision_tower.", "model.mm_projector.", "model.multi_modal_projector.")
 
 
 def canonical_name(name: str) -> str:

@@ -46,7 +46,7 @@ def _make_wrapper(model_type: str, architecture: str) -> type[transformers.Pretr
 
 
 _made = {name: _make_class(member) for name, member in FAMILY.items()}
-_made |= {name: _make_wrapper(name, architectures[0]) for name, architectures in WRAPPERS.items()}
+_made |= {name: _make_wrapper(name, architectures[0]) for name, architectures in WRAPPERS.items() if architectures}
 _missing = {name: made for name, made in _made.items() if not hasattr(transformers, made.__name__)}
 globals().update((made.__name__, made) for made in _missing.values())
 

@@ -18,7 +18,7 @@ from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 
 OURS = {
     registration.INFERENCE_DEMO: {"deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite", "sarvam_mla"}
-    | {"axk1", "mistral4"},
+    | {"axk1", "mistral4", "mistral3"},
     registration.CONSTANTS: {"deepseekv2", "deepseekv3", "kimik2", "kimik25", "glm4moelite", "sarvammla"}
     | {"axk1", "mistral4"},
 }

@@ -115,13 +115,15 @@ for folder in sys.argv[1:]:
 
 
 def test_a_config_of_every_member_starts_an_engine(tmp_path):
-    """In one process. 8 heads on 3 ranks, which vLLM alone refuses, are 9."""
-    for name in ALL:
+    """In one process. 8 heads on 3 ranks, which vLLM alone refuses, are 9. Mistral's wrapper stays vLLM's own."""
+    served = {name: config for name, config in ALL.items() if config["architectures"][0] in ARCHITECTURES}
+    assert ALL.keys() - served.keys() == {"Mistral-Small-4"}
+    for name in served:
         write_member(tmp_path / name, name, seed=0)
-    command = [PYTHON, "-c", CONFIGS, *(tmp_path / name for name in ALL)]
+    command = [PYTHON, "-c", CONFIGS, *(tmp_path / name for name in served)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True)
     printed = [line for line in result.stdout.splitlines() if line.startswith("heads: ")]
-    assert printed == [f"heads: {config['architectures'][0]} 9" for config in ALL.values()], result.stderr
+    assert printed == [f"heads: {config['architectures'][0]} 9" for config in served.values()], result.stderr
 
 
 @pytest.mark.parametrize(

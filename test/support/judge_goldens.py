@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-# Not in the checkpoints, and not in the way: A.X-K1's correction bias, which is zero, and most of Kimi-K2.5's vision.
-MAY_BE_MISSING = ("e_score_correction_bias", "vision", "mm_projector")
+# Not in the checkpoints, and not in the way: A.X-K1's correction bias, which is zero, and most of what sees images.
+MAY_BE_MISSING = ("e_score_correction_bias", "vision", "mm_projector", "multi_modal_projector")
 
 
 def load(folder):

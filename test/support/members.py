@@ -65,6 +65,16 @@ KIMI = {
     "tie_word_embeddings": False,
 }
 
+PIXTRAL = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+PIXTRAL |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 28, "patch_size": 14}
+SMALL_4 = {
+    "model_type": "mistral3",
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "text_config": MISTRAL,
+    "vision_config": PIXTRAL,
+    "tie_word_embeddings": False,
+}
+
 MEMBERS = {
     "DeepSeek-V2": V2 | {"topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0, "topk_group": 2},
     "DeepSeek-V2-Lite": V2
@@ -74,7 +84,7 @@ MEMBERS = {
     "sarvam-105b": SARVAM,
     "Kimi-K2.5": KIMI,
     "A.X-K1": AXK1,
-    "Mistral-Small-4": MISTRAL,
+    "Mistral-Small-4": SMALL_4,
     "mistral4 with groups": MISTRAL | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
 }
 # And those that the parity suite compares with their judge.
@@ -107,8 +117,8 @@ def released(folder_of_all):
     return folders
 
 
-def _behind_prefix(tensors):
-    vision = {f"vision_tower.encoder.blocks.0.norm{i}.weight": torch.ones(16) for i in (0, 1)}
+def _behind_prefix(tensors, vision="vision_tower.encoder.blocks.0.norm"):
+    vision = {f"{vision}{i}.weight": torch.ones(16) for i in (0, 1)}
     return {f"language_model.{name}": tensor for name, tensor in tensors.items()} | vision
 
 
@@ -130,7 +140,12 @@ def _with_fused_experts(tensors):
     return fused
 
 
-RELEASES = {"kimi_k25": _behind_prefix, "axk1": _with_unused_norms, "mistral4": _with_fused_experts}
+def _as_small_4(tensors):
+    return _behind_prefix(_with_fused_experts(tensors), "multi_modal_projector.norm")
+
+
+RELEASES = {"kimi_k25": _behind_prefix, "axk1": _with_unused_norms}
+RELEASES |= {"mistral4": _with_fused_experts, "mistral3": _as_small_4}
 
 
 def write_goldens(folders):

@@ -22,6 +22,7 @@ from support.models import V3
 
 IGNORED = {
     "Kimi-K2.5": "vision: only the text model runs (2 tensors)",
+    "Mistral-Small-4": "vision: only the text model runs (2 tensors)",
     "A.X-K1": "norms after dense MLPs, which the model does not use (3 tensors)",
 }
 NEWEST = int(transformers.__version__.partition(".")[0]) >= 5
@@ -171,7 +172,7 @@ def test_layer_types_that_cannot_be(kinds):
     "change", [{"llama_4_scaling_beta": None}, {"rope_type": "default"}, {"partial_rotary_factor": 0.25}]
 )
 def test_rope_that_mistral_cannot_have(change):
-    fields = MEMBERS["Mistral-Small-4"]
+    fields = MEMBERS["mistral4 with groups"]
     with pytest.raises(ConfigError, match="rope_parameters"):
         read_model_config(fields | {"rope_parameters": fields["rope_parameters"] | change})
 

@@ -1,4 +1,7 @@
-"""Kimi-K2.5 as released: names behind a prefix, vision tensors, experts in INT4, a config within a config."""
+"""Kimi-K2.5 as released: names behind a prefix, vision tensors, experts in INT4, a config within a config.
+
+And the experts of Mistral-Small-4: all of a layer in one FP8 tensor, with a scale for each expert.
+"""
 
 import json
 
@@ -11,8 +14,9 @@ from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.checkpoint.unsharder import unshard
 from nxdi_deepseek.checkpoint.verifier import verify_shards
 from nxdi_deepseek.cli import main
+from safetensors.torch import load_file, save_file
 from support.encodings import edit
-from support.members import KIMI
+from support.members import KIMI, write_member
 
 pytest.importorskip("compressed_tensors")
 
@@ -66,3 +70,29 @@ def test_shard_and_unshard_give_the_text_model(released, plain, tmp_path, weight
             assert torch.equal(actual[name], tensor), name
         else:
             assert (actual[name] - tensor).norm() <= 0.04 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("shape", [(-1, 1, 1), (-1,)], ids=["E, 1, 1", "E"])
+def test_fused_experts_in_fp8(tmp_path, capsys, shape):
+    """Each expert's codes times its own scale; gate and up share one. What scales activations is not used."""
+    write_member(tmp_path, "Mistral-Small-4", seed=0)
+    path = tmp_path / "model.safetensors"
+    tensors, expected = load_file(path), {}
+    for name in [name for name in tensors if name.endswith((".gate_up_proj", ".down_proj"))]:
+        scale = (tensors[name].abs().amax((1, 2)) / 448).bfloat16()
+        codes = (tensors[name] / scale.float()[:, None, None]).to(torch.float8_e4m3fn)
+        expected[name] = codes.float() * scale.float()[:, None, None]
+        tensors |= {name: codes, f"{name}_scale_inv": scale.reshape(shape).clone()}
+        tensors[f"{name}_activation_scale"] = torch.ones_like(scale)
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert main(["inspect", str(tmp_path), "--full"]) == 0
+    said = capsys.readouterr().out
+    assert "complete" in said and "bfloat16 scales" in said
+    with Checkpoint(tmp_path) as opened:
+        actual = dequantized_state_dict(opened)
+    for name, experts in expected.items():
+        prefix, _, fused = name.removeprefix("language_model.").rpartition(".")
+        parts = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
+        for expert, values in enumerate(experts):
+            own = torch.cat([actual[f"{prefix}.{expert}.{part}.weight"] for part in parts])
+            assert torch.equal(own, values), name
