@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from . import backend
 from .checkpoint.convert import state_dict_of
+from .checkpoint.copies import check_copies
 from .checkpoint.folder import Checkpoint
+from .checkpoint.parts import DRAFT, FUSED, MODEL
 from .checkpoint.source import StateDictSource, TensorSource
 from .compiler_options import check_prompts, compiler_options
 from .config import DeepseekV3InferenceConfig
@@ -163,10 +165,11 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
         return self.get_state_dict(self._checkpoint_dir(), self.config)
 
-    def rank_state_dict(self, rank: int) -> dict[str, Tensor]:
-        """What the embedded runtime loads: one rank's part. The others' is neither read nor built."""
+    def rank_state_dict(self, rank: int, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
+        """What the embedded runtime loads: one rank's part of the model, or of the draft if `config` is the draft's.
+        The others' is neither read nor built."""
         with Checkpoint(self._checkpoint_dir()) as checkpoint:
-            return _state_dict(checkpoint.reader, self.config, rank)
+            return _state_dict(checkpoint.reader, config, rank)
 
     def shard_weights(
         self, compiled_model_path: str, debug: bool = False, pre_shard_weights_hook: Callable[..., None] | None = None
@@ -192,6 +195,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
             resume=True,
             config=self.config.model,
             weights=neuron_config.weights,
+            fused=neuron_config.enable_fused_speculation,
         )
 
     def load_weights(
@@ -221,9 +225,17 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
 
 def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig, rank: int | None = None) -> dict[str, Tensor]:
-    neuron_config = config.neuron_config
+    """What a config's model holds. On the embedded runtime draft and model are two; NxDI's are one."""
+    neuron_config, model = config.neuron_config, config.model
+    part = MODEL
+    if neuron_config.is_eagle_draft:
+        part = DRAFT
+    elif neuron_config.enable_fused_speculation and backend.NAME == "nxdi":
+        part = FUSED
+    if part != MODEL:
+        check_copies(source, model)
     form = weight_form(neuron_config.weights)
-    return state_dict_of(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree, rank, form)
+    return state_dict_of(source, model, neuron_config.torch_dtype, neuron_config.tp_degree, rank, form, part)
 
 
 def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:

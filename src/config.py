@@ -12,6 +12,7 @@ from .model_config import OTHER_FORM_IN_JSON, ModelConfig, load_model_config, re
 from .neuron_values import check_values
 from .quantized_fields import check_weights, fill_weights
 from .saved_config import CONFIG_FILE, check_saved_config, restore_enums
+from .speculation import check_speculation, fill_speculation
 from .third_party import told
 
 # NeuronConfig fields that the model does not implement: the one value that it accepts, and the remedy.
@@ -28,9 +29,7 @@ _UNSUPPORTED = {
     "moe_ep_degree": (1, "use tensor parallelism only"),
     "hybrid_sharding_config": (None, "it holds the experts twice, which does not fit; leave it unset"),
     "pp_degree": (1, "use tensor parallelism only"),
-    "is_medusa": (False, "speculation is not implemented"),
-    "speculation_length": (0, "speculation is not implemented"),
-    "enable_fused_speculation": (False, "speculation is not implemented"),
+    "is_medusa": (False, "only the checkpoint's MTP layer drafts; leave it off"),
     "lora_config": (None, "LoRA is not implemented"),
     "kv_quant_config": (None, "the latent cache is not quantized"),
     "kv_cache_quant": (False, "the latent cache is not quantized"),
@@ -70,7 +69,7 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         # multiplication and an addition of everything that is gathered.
         kwargs.setdefault("disable_numeric_cc_token", True)
         kwargs.setdefault("blockwise_matmul_config", dict(_EXPERT_KERNEL))
-        kwargs = fill_weights(_from_saved(kwargs))
+        kwargs = fill_speculation(fill_weights(_from_saved(kwargs)))
         check_values(kwargs)
         _check_expert_kernel(kwargs["blockwise_matmul_config"])
         self.weights: str = kwargs.pop("weights")
@@ -148,6 +147,7 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
         self.model.check_tensor_parallel(self.neuron_config.tp_degree)
         self._validate_neuron_config()
         check_weights(self.neuron_config, self.model)
+        check_speculation(self.neuron_config, self.model, prompt_lengths(self.neuron_config))
 
     def _validate_neuron_config(self) -> None:
         neuron_config = self.neuron_config

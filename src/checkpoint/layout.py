@@ -17,7 +17,6 @@ from math import prod
 
 import torch
 
-from ..dtypes import to_safetensors
 from ..model_config import ModelConfig
 from ..weight_forms import DOWN, GATE_UP, ExpertScale, WeightForm
 
@@ -179,17 +178,6 @@ def in_form(specs: Iterable[TensorSpec], form: WeightForm, config: ModelConfig, 
     for spec in specs:
         projection = projections.get(spec.combine)
         yield replace(spec, scale=form.scale(projection, config, tp_degree)) if projection else spec
-
-
-def rank_layout(
-    config: ModelConfig, tp_degree: int, dtype: torch.dtype, form: WeightForm
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype in safetensors' words, shape) of all that the file of one rank holds of the model."""
-    for spec in in_form(model_layout(config), form, config, tp_degree):
-        for name, tensor_dtype, shape in spec.rank_tensors(dtype, tp_degree):
-            yield name, to_safetensors(tensor_dtype), shape
-    for name in rank_tensor_names(config):
-        yield name, "I32", (1,)
 
 
 def model_layout(config: ModelConfig) -> Iterator[TensorSpec]:

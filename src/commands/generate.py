@@ -12,6 +12,8 @@ from ..application import NeuronDeepseekV3ForCausalLM
 from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from ..device_graphs import process
 from ..errors import ConfigError
+from ..speculation import MTP
+from ..speculative_generation import SpeculationCounts
 from ..streaming import BatchStreamer, TextPrinter
 from ..weight_forms import BF16
 from .arguments import (
@@ -42,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-len", type=positive_int, help="bound of prompt and new tokens; what they need if not given"
     )
     parser.add_argument("--tp-degree", type=positive_int, default=1, help="under torchrun: its number of processes")
+    parser.add_argument(
+        "--mtp", action="store_true", help="draft with the checkpoint's MTP layer: the same tokens, sooner"
+    )
     add_weights(parser)
     add_device_graphs(parser)
 
@@ -58,7 +63,7 @@ def _generate(args: argparse.Namespace) -> int:
     print(backend.describe())
     tokenizer, prompts = read_prompts(args)
     lengths = args.max_new_tokens, args.dtype, args.seq_len, args.tp_degree
-    model = load_model(args.model_dir, prompts, *lengths, weights=args.weights)
+    model = load_model(args.model_dir, prompts, *lengths, weights=args.weights, mtp=args.mtp)
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
     adapter.generation_config = read_generation_config(args.model_dir, model.config.model)
@@ -67,8 +72,19 @@ def _generate(args: argparse.Namespace) -> int:
     if args.temperature > 0:
         sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     printer = TextPrinter(tokenizer, len(prompts))
+    if args.mtp:
+        sampling["speculation"] = MTP
     adapter.generate(input_ids, attention_mask=attention_mask, streamer=BatchStreamer(printer), **sampling)
+    if args.mtp:
+        print(describe_speculation(adapter.speculation_counts))
     return 0
+
+
+def describe_speculation(counts: SpeculationCounts) -> str:
+    return (
+        f"MTP: {counts.tokens_per_step:.2f} tokens per step, {counts.accepted} of {counts.drafted} drafted tokens "
+        f"accepted ({counts.acceptance:.0%})"
+    )
 
 
 def load_model(
@@ -79,12 +95,16 @@ def load_model(
     seq_len: int | None,
     tp_degree: int,
     weights: str = BF16.name,
+    mtp: bool = False,
 ) -> NeuronDeepseekV3ForCausalLM:
     """A model with room for the prompts and `max_new_tokens` more. Raises ConfigError when seq_len is too short, or
     longer than the model knows positions."""
     needed = max(map(len, prompts)) + max_new_tokens
     if seq_len is not None and needed > seq_len:
         raise ConfigError(f"the longest prompt and --max-new-tokens need {needed} positions, --seq-len is {seq_len}")
+    fields = {"enable_eagle_speculation": True} if mtp else {}
+    if mtp and seq_len is None:
+        needed += 1  # the token drafted behind the last
     needed = -(-needed // tp_degree) * tp_degree  # the experts share out the tokens of a prompt among the ranks
     neuron_config = DeepseekV3NeuronConfig(
         batch_size=len(prompts),
@@ -92,6 +112,7 @@ def load_model(
         torch_dtype=getattr(torch, dtype),
         tp_degree=tp_degree,
         weights=weights,
+        **fields,
     )
     config = DeepseekV3InferenceConfig(neuron_config, load_config=load_pretrained_config(model_dir))
     check_ids(prompts, config.vocab_size)

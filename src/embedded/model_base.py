@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import CheckpointError, ConfigError
+from ..speculation import draft_config
 from .parallel_state import gather_sequence, initialize_model_parallel, split_sequence, tensor_parallel_rank
 
 
@@ -48,13 +49,33 @@ class NeuronBaseModel(nn.Module):
         [B, 1], with attention_mask [B, L] over the L cached positions to read.
         """
         prefill = self._is_context_encoding(input_ids)
+        hidden_states = self.hidden_states(input_ids, attention_mask, position_ids, seq_ids, prefill)
+        last = position_ids.argmax(dim=-1)
+        rows = torch.arange(len(last), device=last.device)
+        return self.lm_head(hidden_states[rows, last][:, None]).to(torch.float32)
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        seq_ids: Tensor | slice,
+        prefill: bool,
+        prev_hidden: Tensor | None = None,
+    ) -> Tensor:
+        """What the head takes, [B, S, H] after the final norm; updates the cache. Arguments as in forward; prefill: a
+        prompt, else tokens at position_ids [B, S] behind what is cached. prev_hidden [B, S, H]: for a draft, the hidden
+        states ahead of its tokens."""
         if prefill:
-            mask, cache = None, None  # prompts are causal
+            mask, active_mask, cache = None, None, None  # prompts are causal
         else:
-            mask = attention_mask[:, None, None, :].to(torch.bool)
+            mask, active_mask = attention_mask[:, None, None, :].to(torch.bool), _among_new(input_ids)
             cache = self.kv_mgr.get_cache(attention_mask.shape[-1], seq_ids)
         sequence_parallel = self.neuron_config.sequence_parallel_enabled
         hidden_states = self.embed_tokens(input_ids)
+        if self.neuron_config.is_eagle_draft:
+            hidden_states = self.fc.forward_wg(torch.cat((hidden_states, prev_hidden), dim=-1), False)
         if sequence_parallel:
             hidden_states = split_sequence(hidden_states)
         new_key_values, cos, sin = [], None, None
@@ -64,17 +85,15 @@ class NeuronBaseModel(nn.Module):
                 attention_mask=mask,
                 position_ids=position_ids,
                 past_key_value=None if cache is None else cache[i],
+                active_mask=active_mask,
                 cos_cache=cos,
                 sin_cache=sin,
             )
             new_key_values.append(key_value)
         self.kv_mgr.update_cache(prefill, seq_ids, position_ids, new_key_values)
-        hidden_states = self.norm(hidden_states)
-        if sequence_parallel:
-            hidden_states = gather_sequence(hidden_states)
-        last = position_ids.argmax(dim=-1)
-        rows = torch.arange(len(last), device=last.device)
-        return self.lm_head(hidden_states[rows, last][:, None]).to(torch.float32)
+        if not self.neuron_config.is_eagle_draft:
+            hidden_states = self.norm(hidden_states)
+        return gather_sequence(hidden_states) if sequence_parallel else hidden_states
 
 
 class NeuronBaseForCausalLM(nn.Module):
@@ -91,6 +110,7 @@ class NeuronBaseForCausalLM(nn.Module):
         self.config, self.neuron_config = config, config.neuron_config
         self.kv_cache_populated = False
         self.model: NeuronBaseModel | None = None
+        self.draft_model: NeuronBaseModel | None = None
 
     def to_cpu(self) -> None:
         """NxDI's name for loading without a Neuron device."""
@@ -100,16 +120,22 @@ class NeuronBaseForCausalLM(nn.Module):
         """Builds this rank's model on `device` and loads its part of the checkpoint."""
         device = torch.device(device)
         initialize_model_parallel(self.neuron_config.tp_degree, device)
-        state_dict = self.rank_state_dict(tensor_parallel_rank())
-        model = self._model_cls(self.config)
+        self.model = self._loaded(self.config, device)
+        if self.neuron_config.enable_fused_speculation:
+            self.draft_model = self._loaded(draft_config(self.config), device)
+            self.draft_model.embed_tokens, self.draft_model.lm_head = self.model.embed_tokens, self.model.lm_head
+
+    def _loaded(self, config: Any, device: torch.device) -> NeuronBaseModel:
+        state_dict = self.rank_state_dict(tensor_parallel_rank(), config)
+        model = self._model_cls(config)
         missing, _ = model.load_state_dict(state_dict, strict=False, assign=True)
         missing = [name for name in missing if not name.startswith("kv_mgr.")]
         if missing:
             raise CheckpointError(f"the converted checkpoint lacks {', '.join(missing)}")
-        self.model = model.to(device).eval()
+        return model.to(device).eval()
 
-    def rank_state_dict(self, rank: int) -> dict[str, Tensor]:
-        """The weights that `rank` holds, by the names of the model's parameters."""
+    def rank_state_dict(self, rank: int, config: Any) -> dict[str, Tensor]:
+        """The weights that `rank` holds, by the names of the parameters of the model that has this config."""
         raise NotImplementedError
 
     @property
@@ -159,6 +185,14 @@ class NeuronBaseForCausalLM(nn.Module):
     def _pad_decode(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length = _bucket(int(positions.max()) + 1, self.neuron_config.decode_buckets())
         return input_ids, F.pad(mask, (0, length - mask.shape[1])), positions
+
+
+def _among_new(input_ids: Tensor) -> Tensor | None:
+    """Which of the new tokens see each other, bool [1, 1, S, S]; None for one, which sees itself."""
+    length = input_ids.shape[1]
+    if length == 1:
+        return None
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device).tril()
 
 
 def _bucket(length: int, buckets: list[int]) -> int:

@@ -16,6 +16,8 @@ _WITHOUT_USE = (
     "cast_type",
     "padding_side",
     "logical_nc_config",
+    "disable_kv_cache_tiling",
+    "on_device_sampling_config",
     "save_sharded_checkpoint",
     "disable_numeric_cc_token",
     "quantized_checkpoints_path",
@@ -38,6 +40,7 @@ class MoENeuronConfig:
     # Read by the model, not supported here. Class attributes, so that they are not saved.
     on_device_sampling_config = None
     rpl_reduce_dtype = None
+    is_eagle_draft = False
 
     def __init__(self, **kwargs: Any) -> None:
         self.tp_degree: int = kwargs.pop("tp_degree", 1)
@@ -58,6 +61,9 @@ class MoENeuronConfig:
         dtype = kwargs.pop("torch_dtype", torch.bfloat16)
         self.torch_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.quantized: bool = kwargs.pop("quantized", False)
+        self.enable_eagle_speculation: bool = kwargs.pop("enable_eagle_speculation", False)
+        self.enable_fused_speculation: bool = kwargs.pop("enable_fused_speculation", False)
+        self.speculation_length: int = kwargs.pop("speculation_length", 0)
         for name in _WITHOUT_USE:
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))

@@ -5,7 +5,7 @@ from collections import Counter
 from functools import lru_cache
 
 from ..checkpoint.header import TensorEntry, build_header
-from ..checkpoint.layout import rank_layout
+from ..checkpoint.parts import rank_layout
 from ..dtypes import model_dtype
 from ..model_config import ModelConfig
 from ..weight_forms import WeightForm

@@ -5,7 +5,7 @@ import json
 import shlex
 
 import pytest
-from nxdi_deepseek.checkpoint.layout import rank_layout
+from nxdi_deepseek.checkpoint.parts import rank_layout
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.commands import shard as shard_command
