@@ -69,7 +69,7 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         # multiplication and an addition of everything that is gathered.
         kwargs.setdefault("disable_numeric_cc_token", True)
         kwargs.setdefault("blockwise_matmul_config", dict(_EXPERT_KERNEL))
-        kwargs = fill_speculation(fill_weights(_from_saved(kwargs)))
+        kwargs = fill_speculation(fill_weights(_from_saved(kwargs)), compiled=backend.NAME == "nxdi")
         check_values(kwargs)
         _check_expert_kernel(kwargs["blockwise_matmul_config"])
         self.weights: str = kwargs.pop("weights")

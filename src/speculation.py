@@ -31,13 +31,15 @@ _REFUSED = {
 }
 
 
-def fill_speculation(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """NeuronConfig's keyword arguments with what NxDI wants beside `enable_eagle_speculation`."""
+def fill_speculation(fields: Mapping[str, Any], compiled: bool) -> dict[str, Any]:
+    """NeuronConfig's keyword arguments with what NxDI wants beside `enable_eagle_speculation`. compiled: tokens are
+    chosen in the graph."""
     if not fields.get("enable_eagle_speculation"):
         return dict(fields)
     draft = bool(fields.get("is_eagle_draft"))
     filled = {"speculation_length": _SPECULATION_LENGTH, "enable_fused_speculation": not draft}
-    filled |= {"on_device_sampling_config": {}, "disable_kv_cache_tiling": True}
+    if compiled:
+        filled |= {"on_device_sampling_config": {}, "disable_kv_cache_tiling": True}
     return {**fields, **{name: value for name, value in filled.items() if fields.get(name) in (None, False, 0)}}
 
 

@@ -5,7 +5,7 @@ import torch
 from ..errors import CheckpointError
 from ..model_config import ModelConfig
 from .convert import read_weight
-from .layout import mtp_layout
+from .layout import mtp_copies
 from .source import TensorSource
 from .stored import is_stored, shape_of
 
@@ -14,13 +14,10 @@ _ROWS = 8192
 
 def check_copies(source: TensorSource, config: ModelConfig) -> None:
     """Raises CheckpointError where a copy is not the tensor of the model: the layer would need its own."""
-    layer = config.num_hidden_layers
-    own = {spec.name: spec.sources[0].name for spec in mtp_layout(config, ())}
-    for name in (f"layers.{layer}.embed_tokens.weight", f"layers.{layer}.shared_head.head.weight"):
-        copy = f"model.{name}"
-        if is_stored(source, copy) and not _are_equal(source, config, copy, own[name]):
+    for copy, own in mtp_copies(config).items():
+        if is_stored(source, copy) and not _are_equal(source, config, copy, own):
             raise CheckpointError(
-                f"{source.describe(copy)}: differs from {own[name]}; speculation is implemented for an MTP layer that "
+                f"{source.describe(copy)}: differs from {own}; speculation is implemented for an MTP layer that "
                 "shares embedding and head with the model"
             )
 

@@ -209,8 +209,7 @@ def mtp_layout(config: ModelConfig, stored: Container[str] | None = None) -> Ite
     and head are the model's: a checkpoint may hold copies of them in each layer. stored: the names of its tensors;
     where a copy is not among them, the model's own is the source.
     """
-    H, vocab = config.hidden_size, config.vocab_size
-    shared = {"embed_tokens": _EMBEDDING, "shared_head.head": _head(config).name}
+    H, vocab, copies = config.hidden_size, config.vocab_size, mtp_copies(config)
     for layer in config.mtp_layers:
         yield from layer_layout(config, layer)
         neuron, hf = f"layers.{layer}.", f"model.layers.{layer}."
@@ -223,9 +222,15 @@ def mtp_layout(config: ModelConfig, stored: Container[str] | None = None) -> Ite
             ("eh_proj", (H, 2 * H), 0),
         ):
             source = f"{hf}{name}.weight"
-            if stored is not None and source not in stored and name in shared:
-                source = shared[name]
+            if stored is not None and source not in stored:
+                source = copies.get(source, source)
             yield _spec(f"{neuron}{name}.weight", source, shape, partition_dim)
+
+
+def mtp_copies(config: ModelConfig) -> dict[str, str]:
+    """The tensors of MTP layers that are copies of the model's own, and the names of these."""
+    shared = {"embed_tokens": _EMBEDDING, "shared_head.head": _head(config).name}
+    return {f"model.layers.{i}.{name}.weight": own for i in config.mtp_layers for name, own in shared.items()}
 
 
 def stores_mtp(config: ModelConfig, stored: Container[str]) -> bool:

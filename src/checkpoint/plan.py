@@ -129,8 +129,9 @@ def make_plans(
     weights: str = "bf16",
     fused: bool = False,
 ) -> list[ShardPlan]:
-    """The parts to write: the model (with `fused` the draft beside it), and the MTP layers with `with_mtp`. Raises ConfigError for a degree, dtype or form of weights that cannot be, CheckpointError for
-    what is wrong with the checkpoint."""
+    """The parts to write: the model (with `fused` the draft beside it), and the MTP layers with `with_mtp`. Raises
+    ConfigError for a degree, dtype or form of weights that cannot be, CheckpointError for what is wrong with the
+    checkpoint."""
     config, form = checkpoint.config, weight_form(weights)
     form.check(config, tp_degree)
     torch_dtype = model_dtype(dtype)

@@ -58,8 +58,8 @@ def shard_checkpoint(
     known again by its content (CheckpointReader.identity). with_mtp: write the MTP layers to OUT_DIR/mtp/weights too.
     progress is called as progress(done_bytes, total_bytes) after each piece of work, in the calling thread; what an
     earlier run did is among the bytes that are done. config: another one than config.json's, for example of a model
-    with fewer layers. weights: the form of the routed experts, a name of weight_forms.FORMS. fused: for speculation, the
-    draft beside the model, under the names of NxDI's fused models.
+    with fewer layers. weights: the form of the routed experts, a name of weight_forms.FORMS. fused: for speculation,
+    the draft beside the model, under the names of NxDI's fused models.
 
     Raises ConfigError or CheckpointError. What is wrong with the checkpoint is told before any file is written, except
     NaN and infinity in large weights; so is a disk that is too small. What was finished is kept for `resume`.

@@ -16,8 +16,6 @@ _WITHOUT_USE = (
     "cast_type",
     "padding_side",
     "logical_nc_config",
-    "disable_kv_cache_tiling",
-    "on_device_sampling_config",
     "save_sharded_checkpoint",
     "disable_numeric_cc_token",
     "quantized_checkpoints_path",
