@@ -23,6 +23,7 @@ from .modeling_deepseek import NeuronDeepseekV3Model
 from .planning.load_check import check_loads
 from .rank_files import check_rank_files
 from .requests import RequestChecks, take_rows
+from .speculation import check_draft, draft_config
 from .third_party import started_by_torchrun, told
 from .weight_forms import weight_form
 
@@ -61,12 +62,25 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """
         return _state_dict(StateDictSource(state_dict), config)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model_path: str, config: DeepseekV3InferenceConfig | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        config = self.get_config_cls().load(model_path) if config is None else config
+        super().__init__(model_path, self._with_draft(config), *args, **kwargs)
         self.requests = RequestChecks(self.neuron_config, self.config.vocab_size)
         if self.neuron_config.quantized and self._runs_on_neuron():
             # Ahead of compile() and load(): of NxDI's doors inference_demo alone sets them.
             os.environ.update(FP8_VARIABLES)
+
+    @classmethod
+    def _with_draft(cls, config: DeepseekV3InferenceConfig) -> DeepseekV3InferenceConfig:
+        """The draft is always the checkpoint's own: a door may have named another one."""
+        if not config.neuron_config.enable_fused_speculation:
+            return config
+        asked = getattr(config, "fused_spec_config", None)
+        if asked is not None:
+            check_draft(config.model, asked.draft_config.model)
+        return backend.with_draft(config, draft_config(config), cls._model_cls)
 
     @functools.wraps(backend.NeuronBaseForCausalLM.forward, assigned=())  # transformers asks for its arguments
     def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:

@@ -69,6 +69,7 @@ build_moe = _names.build_moe
 gather_columns = _names.gather_columns
 gather_sequence = _names.gather_sequence
 rmsnorm_cls = _names.rmsnorm_cls
+with_draft = _names.with_draft
 
 
 def describe() -> str:

@@ -75,6 +75,8 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         self.weights: str = kwargs.pop("weights")
         with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value
             super().__init__(**kwargs)
+        if self.is_eagle_draft:  # NxDI sets it whenever enable_eagle_speculation is
+            self.enable_fused_speculation = False
 
 
 def _check_expert_kernel(choice: Any) -> None:

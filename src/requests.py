@@ -21,6 +21,12 @@ class RequestChecks:
         self.neuron_config, self.vocab_size = neuron_config, vocab_size
         self.cached = torch.zeros(neuron_config.kv_cache_batch_size, dtype=torch.int64)
 
+    @property
+    def _step_length(self) -> int:
+        """The most tokens by which a step can make a sequence longer."""
+        neuron_config = self.neuron_config
+        return neuron_config.speculation_length if neuron_config.enable_fused_speculation else 1
+
     def check(self, input_ids: Tensor | None, seq_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """position_ids and attention_mask [B, S] as the base model shall get them, the mask only where it needs one.
 
@@ -56,7 +62,7 @@ class RequestChecks:
         positions, mask = request["position_ids"], request["attention_mask"]
         if mask is None:  # NxDI would infer one as long as the sequences left out
             mask = (torch.arange(int(positions.max())) < positions).to(torch.int64)
-        last = self.neuron_config.max_length - 1
+        last = self.neuron_config.max_length - self._step_length
         request = request | {"attention_mask": mask}
         filled = {name: _append_rows(value, len(rest), len(positions)) for name, value in request.items()}
         filled["seq_ids"][len(positions) :] = rest
@@ -122,15 +128,15 @@ class RequestChecks:
         return {"position_ids": positions} | masked
 
     def _check_positions(self, seq_ids: Tensor, positions: Tensor) -> None:
-        limit = self.neuron_config.max_length
-        if int(positions.max()) >= limit:
+        limit, length = self.neuron_config.max_length, self._step_length
+        if int(positions.max()) + length > limit:  # NxDI moves drafted tokens beyond it back, over other positions
             raise ConfigError(f"the sequence reached seq_len {limit}; raise seq_len in the NeuronConfig")
         for slot, position, cached in zip(
             seq_ids.tolist(), positions.tolist(), self.cached[seq_ids].tolist(), strict=True
         ):
             if not 0 < position <= cached:
                 raise ConfigError(f"forward: position {position} does not follow the {cached} cached in slot {slot}")
-        self.cached[seq_ids] = positions.to(torch.int64) + 1
+        self.cached[seq_ids] = positions.to(torch.int64) + length
 
 
 def is_prompt(position_ids: Tensor) -> bool:

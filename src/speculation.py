@@ -5,6 +5,7 @@ The draft has the fields of the model itself; `is_eagle_draft` in its NeuronConf
 """
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -94,16 +95,21 @@ def _check_experts(neuron_config: Any, model: "ModelConfig", length: int) -> Non
         )
 
 
-def draft_neuron_config(neuron_config: Any) -> Any:
-    """The NeuronConfig of the draft, as NxDI's inference_demo makes it."""
-    draft = copy.deepcopy(neuron_config)
-    draft.is_eagle_draft, draft.enable_fused_speculation = True, False
-    return draft
-
-
 def draft_config(config: Any) -> Any:
     """The config of the draft beside the model's, both with the same fields of config.json."""
     draft = copy.copy(config)
-    draft.neuron_config = draft_neuron_config(config.neuron_config)
+    draft.neuron_config = copy.deepcopy(config.neuron_config)
+    draft.neuron_config.is_eagle_draft, draft.neuron_config.enable_fused_speculation = True, False
     draft.fused_spec_config = None
     return draft
+
+
+def check_draft(model: "ModelConfig", draft: "ModelConfig") -> None:
+    """Raises ConfigError where the draft that was asked for is not the checkpoint itself, which holds the MTP layer."""
+    for field in dataclasses.fields(model):
+        mine, other = getattr(model, field.name), getattr(draft, field.name)
+        if mine != other:
+            raise ConfigError(
+                f"draft model: {field.name} {other!r} is not the model's {mine!r}; the draft is the checkpoint's own "
+                "MTP layer, give the model's folder as the draft's"
+            )

@@ -17,6 +17,11 @@ class TokenChoice:
     def __init__(self, processors: Sequence[Callable[[Tensor, Tensor], Tensor]], do_sample: bool):
         self._processors, self._do_sample = list(processors), do_sample
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return not self._processors and not self._do_sample
+
     def draft(self, known: list[Tensor], logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """One token of each row [B] from logits [B, vocab], and the distribution that it is from (None if greedy).
         known: the tokens ahead of it."""

@@ -187,6 +187,11 @@ class NeuronBaseForCausalLM(nn.Module):
         return input_ids, F.pad(mask, (0, length - mask.shape[1])), positions
 
 
+def with_draft(config: Any, draft: Any, model_cls: type[NeuronBaseModel]) -> Any:
+    """The config as it is: the draft is a model beside this one."""
+    return config
+
+
 def _among_new(input_ids: Tensor) -> Tensor | None:
     """Which of the new tokens see each other, bool [1, 1, S, S]; None for one, which sees itself."""
     length = input_ids.shape[1]

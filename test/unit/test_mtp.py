@@ -19,6 +19,7 @@ from support.damage import drop, replace
 from support.models import CONFIGS, init_embedded, load_config, load_model, make_config, random_prompts
 from support.mtp_drafts import ACCEPTANCE, DRAFTED, FAULTS, MTP_LAYER, PROMPT_LENGTHS, write_drafted
 from support.mtp_reference import ReferenceMTP
+from support.mtp_suite import acceptance, assert_right
 from transformers import set_seed
 
 PROMPTS = random_prompts(PROMPT_LENGTHS)
@@ -76,25 +77,13 @@ def run(model, prompts, steps):
     return rows, engine.drafts
 
 
-def assert_right(reference, prompts, rows, drafts):
-    """Tokens are the model's greedy ones; drafts are the reference's, hidden states to 5e-6 of their largest entry."""
-    for prompt, row in zip(prompts, rows, strict=True):
-        assert row[len(prompt) :] == reference.greedy(prompt, len(row) - len(prompt))
-    for known, drafted, hidden in drafts:
-        for row, tokens, state in zip(known, drafted, hidden, strict=True):
-            expected, expected_state = reference.draft(row, len(tokens))
-            assert tokens == expected
-            assert (state - expected_state).abs().max() <= 5e-6 * expected_state.abs().max()
-
-
 @pytest.mark.parametrize("length", [2, 3])
 def test_drafts_equal_the_reference_and_tokens_hugging_face(drafted, length):
     kind, folder, reference = drafted
     rows, drafts = run(load(folder, length), PROMPTS, 8)
     assert_right(reference, PROMPTS, rows, drafts)
-    new = sum(map(len, rows)) - sum(PROMPT_LENGTHS) - len(rows)
     least, most = ACCEPTANCE[kind]
-    assert least <= (new - 8 * len(rows)) / (8 * len(rows) * (length - 1)) <= most
+    assert least <= acceptance(PROMPTS, rows, 8, length) <= most
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -109,7 +98,7 @@ def test_a_planted_fault_is_seen(half, fault, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load_model(TINY_MODEL_DIR, batch_size=8, seq_len=256, enable_eagle_speculation=True)
+    return load_model(TINY_MODEL_DIR, batch_size=8, seq_len=768, enable_eagle_speculation=True)
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +296,7 @@ def test_generate_refuses_what_it_cannot_do(tiny, half):
     adapter, prompt = adapter_of(tiny), torch.tensor([[5, 17, 42]])
     for arguments, message in (
         ({"speculation": "medusa"}, "speculation 'medusa' is not supported"),
-        ({"speculation": "mtp", "max_new_tokens": 254}, "need 257 positions, seq_len is 256"),
+        ({"speculation": "mtp", "max_new_tokens": 766}, "need 769 positions, seq_len is 768"),
         ({"speculation": "mtp", "output_scores": True, "return_dict_in_generate": True}, "output_scores"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
