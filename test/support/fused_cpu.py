@@ -4,10 +4,10 @@ Caches and hidden states are stored by hand, as the aliases of a traced graph do
 found by torch, over all ranks, where NxDI's CPU mode looks at a rank's own part of the vocabulary.
 """
 
+import importlib
 from types import SimpleNamespace
 
 import torch
-from neuronx_distributed.operators import argmax
 from neuronx_distributed.trace.trace import get_sharded_checkpoint
 from neuronx_distributed_inference.models.model_base import NeuronFusedSpecModel
 from nxdi_deepseek.application import NeuronDeepseekV3ForCausalLM
@@ -21,11 +21,15 @@ class FusedModule:
 
     def __init__(self, model_dir, monkeypatch, length=2, **neuron):
         nxdi.init_cpu_parallel(neuron.get("tp_degree", 1))
-        monkeypatch.setattr(argmax, "Argmax", SimpleNamespace(apply=torch.argmax))
+        operator = importlib.import_module("neuronx_distributed.operators.argmax")
+        monkeypatch.setattr(operator, "Argmax", SimpleNamespace(apply=torch.argmax))
         neuron |= {"enable_eagle_speculation": True, "speculation_length": length, "disable_argmax_kernel": True}
         config = load_config(model_dir, **neuron)
         application = NeuronDeepseekV3ForCausalLM(str(model_dir), config)
         self.config = config
+        parallel_state = importlib.import_module("neuronx_distributed.parallel_layers.parallel_state")
+        parallel_state._SPECULATIVE_DRAFT_GROUP = None  # of a process group that a former test module had
+        parallel_state.initialize_speculative_draft_group(config.neuron_config.tp_degree)
         self.module = NeuronFusedSpecModel(config)
         state_dict = application.checkpoint_loader_fn()
         rank = torch.distributed.get_rank()
