@@ -21,9 +21,11 @@ ACCEPTANCE = {"none": (0.0, 0.1), "half": (0.25, 0.75), "most": (0.8, 1.0)}
 
 
 def write_drafted(model_dir, kind, **fields):
-    """A float32 checkpoint with an MTP layer whose drafts are accepted never, about half of the time, or mostly."""
+    """A float32 checkpoint with an MTP layer whose drafts are accepted never, about half of the time, or mostly.
+    kind None: with weights as write_checkpoint makes them, of any format."""
     write_checkpoint(model_dir, DRAFTED | fields)
-    edit(model_dir, lambda tensors: _tuned(tensors, *RESIDUALS[kind]))
+    if kind:
+        edit(model_dir, lambda tensors: _tuned(tensors, *RESIDUALS[kind]))
     return model_dir
 
 
