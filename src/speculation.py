@@ -29,6 +29,7 @@ _REFUSED = {
     "async_mode": (False, "it was not tested with MTP; leave it off"),
     "output_logits": (False, "accepted tokens come without logits; leave it off"),
     "is_continuous_batching": (False, "it was not tested with MTP; leave it off"),
+    "sequence_parallel_enabled": (False, "it was not tested with MTP; leave it off"),
 }
 
 
@@ -68,6 +69,12 @@ def check_speculation(neuron_config: Any, model: "ModelConfig", prompt_lengths: 
             raise ConfigError(
                 f"neuron_config: {field}={value!r} is not supported with enable_eagle_speculation; {remedy}"
             )
+    sampling = neuron_config.on_device_sampling_config
+    if sampling and (sampling.do_sample or sampling.dynamic):
+        raise ConfigError(
+            "neuron_config: on_device_sampling_config: do_sample and dynamic are not supported with speculation, which "
+            "is greedy on the device; leave it unset"
+        )
     if length in prompt_lengths:
         raise ConfigError(
             f"neuron_config: prompts padded to speculation_length {length} would be taken for drafted tokens; "
