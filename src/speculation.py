@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MTP = "mtp"
 # One token drafted and one of the model, each step.
-_SPECULATION_LENGTH = 2
+SPECULATION_LENGTH = 2
 # From this many sequences on, a step reads nearly every expert anyway, and the drafted tokens add their own.
 _LARGE_BATCH = 16
 # Fields of NxDI that go along with other drafts only.
@@ -39,7 +39,7 @@ def fill_speculation(fields: Mapping[str, Any], compiled: bool) -> dict[str, Any
     if not fields.get("enable_eagle_speculation"):
         return dict(fields)
     draft = bool(fields.get("is_eagle_draft"))
-    filled = {"speculation_length": _SPECULATION_LENGTH, "enable_fused_speculation": not draft}
+    filled = {"speculation_length": SPECULATION_LENGTH, "enable_fused_speculation": not draft}
     if compiled:
         filled |= {"on_device_sampling_config": {}, "disable_kv_cache_tiling": True}
     return {**fields, **{name: value for name, value in filled.items() if fields.get(name) in (None, False, 0)}}
@@ -61,7 +61,7 @@ def check_speculation(neuron_config: Any, model: "ModelConfig", prompt_lengths: 
             f"config.json: num_nextn_predict_layers is 0: a {model.model_type} checkpoint without an MTP layer has no "
             "draft; turn speculation off"
         )
-    if type(length) is not int or length < _SPECULATION_LENGTH:
+    if type(length) is not int or length < SPECULATION_LENGTH:
         raise ConfigError(f"neuron_config: speculation_length {length!r} must be an integer of at least 2")
     for field, (works, remedy) in _REFUSED.items():
         value = getattr(neuron_config, field, works)
@@ -86,10 +86,10 @@ def check_speculation(neuron_config: Any, model: "ModelConfig", prompt_lengths: 
 def _check_experts(neuron_config: Any, model: "ModelConfig", length: int) -> None:
     """NxD gives the tokens of a step that it verifies to the form of its experts that prompts of that size have."""
     batch = neuron_config.tkg_batch_size
-    chosen = batch * length * model.num_experts_per_tok
     matmul = neuron_config.blockwise_matmul_config
     block = matmul.get("block_size") if isinstance(matmul, Mapping) else getattr(matmul, "block_size", None)
-    if block and chosen >= max(block, model.n_routed_experts):
+    if block and experts_are_blockwise(model, batch * length, block):
+        chosen = batch * length * model.num_experts_per_tok
         raise ConfigError(
             f"neuron_config: {batch} sequences of speculation_length {length} choose {chosen} experts in a step, which "
             f"the kernel for prompts would compute (block_size {block}); take a smaller batch or speculation_length"
@@ -100,6 +100,11 @@ def _check_experts(neuron_config: Any, model: "ModelConfig", length: int) -> Non
             f"{_LARGE_BATCH} sequences on it hardly pays",
             stacklevel=2,
         )
+
+
+def experts_are_blockwise(model: "ModelConfig", tokens: int, block: int) -> bool:
+    """Whether NxD computes the experts of a step of several tokens a sequence by the kernel that prompts have."""
+    return tokens * model.num_experts_per_tok >= max(block, model.n_routed_experts)
 
 
 def draft_config(config: Any) -> Any:

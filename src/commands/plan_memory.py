@@ -10,10 +10,11 @@ from ..model_config import CONFIG_JSON, ModelConfig, read_config_file, read_mode
 from ..planning.fitting import possible_tp_degrees
 from ..planning.instances import DEFAULT_INSTANCE, DEFAULT_LNC, INSTANCES, Instance, instance_of
 from ..planning.plan_picture import save_plan_picture
-from ..planning.plan_report import make_memory_plan, plan_json, plan_text
+from ..planning.plan_report import ACCEPTANCE, make_memory_plan, plan_json, plan_text
 from ..planning.rank_memory import CompiledShape
+from ..speculation import MTP, SPECULATION_LENGTH
 from ..weight_forms import BF16, FORMS, weight_form
-from .arguments import file_name, positive_int
+from .arguments import file_name, positive_int, probability
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=positive_int, default=512, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--max-context-length", type=positive_int, help="of the longest prompt; seq-len if not given")
     parser.add_argument("--ctx-batch-size", type=positive_int, help="prompts at a time; batch-size if not given")
+    parser.add_argument("--speculation", choices=(MTP,), help="with the MTP layer as a draft beside the model")
+    parser.add_argument("--acceptance", type=probability, default=ACCEPTANCE, help="of drafted tokens (%(default)s)")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--png", type=file_name, metavar="FILE", help="a picture too; needs matplotlib")
 
@@ -38,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     config = read_model_config(read_config_file(path if path.is_file() else path / CONFIG_JSON))
     instance = instance_of(args.instance)
     folder = path.parent if path.is_file() else path
-    plan = make_memory_plan(config, _shape(args, config, instance), instance, str(folder), _checkpoint_bytes(path))
+    plan = make_memory_plan(
+        config, _shape(args, config, instance), instance, str(folder), _checkpoint_bytes(path), args.acceptance
+    )
     if args.png:
         save_plan_picture(plan, args.png)
     print(json.dumps(plan_json(plan), indent=2) if args.format == "json" else plan_text(plan))
@@ -62,7 +67,16 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
         ctx_batch_size=args.ctx_batch_size or 0,
         form=weight_form(args.weights),
         lnc=args.lnc,
+        speculation_length=_speculation_length(args, config),
     )
+
+
+def _speculation_length(args: argparse.Namespace, config: ModelConfig) -> int:
+    if not args.speculation:
+        return 0
+    if not config.num_nextn_predict_layers:
+        raise ConfigError("config.json: num_nextn_predict_layers is 0: there is no MTP layer to draft with")
+    return SPECULATION_LENGTH
 
 
 def _checkpoint_bytes(path: Path) -> int | None:

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from ..errors import GraphCostError
 from .request import Request
 
+_WRAPPERS = {
+    "prefill": "context_encoding_model",
+    "decode": "token_generation_model",
+    "speculate": "fused_spec_model",
+}
 _OUR_CLASS = "NeuronDeepseekV3ForCausalLM"
 
 
@@ -28,7 +33,8 @@ class Part(nn.Module):
         super().__init__()
         instance, self.inputs = model_instance(_application(request), request.phase)
         model = instance.module
-        caches = list(model.kv_mgr.past_key_values)
+        models = [model.target_model, model.draft_model] if request.phase == "speculate" else [model]
+        caches = [cache for each in models for cache in each.kv_mgr.past_key_values]
         if request.part != "model":
             layer = request.layer
             caches = caches[2 * layer : 2 * layer + 2]
@@ -47,7 +53,7 @@ class Part(nn.Module):
 
 def model_instance(app: NeuronBaseForCausalLM, phase: str) -> tuple[Any, dict[str, Any]]:
     """NxDI's model instance of the phase, loaded, and the example inputs of its only bucket."""
-    wrapper = app.context_encoding_model if phase == "prefill" else app.token_generation_model
+    wrapper = getattr(app, _WRAPPERS[phase])
     tp_degree = wrapper.neuron_config.tp_degree
     torch.distributed.init_process_group(backend="xla", rank=0, world_size=tp_degree)
     parallel_state.initialize_model_parallel(
@@ -55,6 +61,7 @@ def model_instance(app: NeuronBaseForCausalLM, phase: str) -> tuple[Any, dict[st
         skip_collective_init=True,
         lnc_size=wrapper.neuron_config.logical_nc_config,
     )
+    parallel_state.initialize_speculative_draft_group(tp_degree)
     parallel_state.set_aot_mode(True)
     instance = wrapper.get_model_instance()
     # Parameters reach the meta device as they are registered, but caches are filled with zeros ahead of it.
@@ -78,6 +85,8 @@ def _application(request: Request) -> NeuronBaseForCausalLM:
     config_class = causal_lm.get_config_cls()
     fields = {"seq_len": request.length, "max_context_length": request.length, "batch_size": request.batch}
     fields |= {"tp_degree": request.tp_degree, "torch_dtype": torch.bfloat16, "logical_nc_config": 2}
+    if request.phase == "speculate":
+        fields["enable_eagle_speculation"] = True
     neuron_config = config_class.get_neuron_config_cls()(**fields | request.neuron_config)
     _check_names(request.neuron_config, neuron_config)
     set_compile_env_vars(neuron_config)  # as compile() does

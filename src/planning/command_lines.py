@@ -4,6 +4,7 @@ import json
 import shlex
 
 from ..model_config import ModelConfig
+from ..speculation import MTP
 from ..weight_forms import BF16
 from .rank_memory import CompiledShape
 
@@ -15,13 +16,14 @@ def command_lines(config: ModelConfig, shape: CompiledShape, model_dir: str) -> 
     """Command lines by what they do. `serve` is left out where prompts are shorter than seq_len: vLLM sends prompts up
     to its own limit."""
     lines = {"shard": _shard(shape, model_dir, _COMPILED), "inference_demo": _inference_demo(config, shape, model_dir)}
-    if shape.prompt_length == shape.seq_len:
+    if shape.prompt_length == shape.seq_len and not shape.speculation_length:  # vLLM's plugin takes no MTP draft
         lines |= {"shard for vLLM": _shard(shape, model_dir, _SERVED), "vLLM": _vllm(shape, model_dir)}
     return lines
 
 
 def _shard(shape: CompiledShape, model_dir: str, out_dir: str) -> str:
     words = ["nxdi-deepseek", "shard", model_dir, out_dir, "--tp-degree", shape.tp_degree]
+    words += ["--speculation", MTP] if shape.speculation_length else []
     return _line(words + ([] if shape.form is BF16 else ["--weights", shape.form.name]))
 
 
@@ -33,6 +35,9 @@ def _inference_demo(config: ModelConfig, shape: CompiledShape, model_dir: str) -
     words += ["--max-context-length", shape.prompt_length]
     if shape.prompts != shape.batch_size:
         words += ["--is-continuous-batching", "--ctx-batch-size", shape.prompts]
+    if shape.speculation_length:
+        words += ["--enable-eagle-speculation", "--speculation-length", shape.speculation_length]
+        words += ["--draft-model-path", model_dir]
     if shape.form.is_fp8:
         fields = shape.form.neuron_fields(config, shape.tp_degree)
         words += ["--quantized", "--quantization-type", fields["quantization_type"]]

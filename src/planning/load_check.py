@@ -38,6 +38,7 @@ def compiled_shape(neuron_config: Any) -> CompiledShape:
         form=weight_form(getattr(neuron_config, "weights", BF16.name)),
         dtype=dtype_name(neuron_config.torch_dtype),
         lnc=neuron_config.logical_nc_config or DEFAULT_LNC,
+        speculation_length=getattr(neuron_config, "speculation_length", 0),
     )
 
 

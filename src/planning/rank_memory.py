@@ -5,6 +5,7 @@ What is not arithmetic is named here, with its source. Nothing of it was measure
 
 from dataclasses import dataclass, field, replace
 
+from ..checkpoint.parts import DRAFT
 from ..dtypes import BY_TORCH
 from ..errors import ConfigError
 from ..model_config import ModelConfig
@@ -27,6 +28,7 @@ class CompiledShape:
     """What a model is compiled for. Fields as NxDI's NeuronConfig names them.
 
     max_context_length: of the longest prompt, seq_len if 0. ctx_batch_size: prompts at a time, batch_size if 0.
+    speculation_length: tokens that a step drafts and verifies with the MTP layer, 0 without.
     """
 
     tp_degree: int
@@ -37,6 +39,7 @@ class CompiledShape:
     form: WeightForm = BF16
     dtype: str = "bfloat16"
     lnc: int = DEFAULT_LNC
+    speculation_length: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -81,15 +84,27 @@ def rank_memory(config: ModelConfig, shape: CompiledShape, instance: Instance) -
         )
     parts = dict(weight_bytes(config, shape.tp_degree, shape.dtype, shape.form))
     parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.batch_size * shape.seq_len
+    if shape.speculation_length:
+        parts["MTP draft"] = _draft_bytes(config, shape)
     parts["logits"] = _logit_bytes(config, shape)
     parts["prompt scratch"] = scratch_bytes(config, shape)
     parts["runtime reserve"] = RUNTIME_RESERVE
     return RankMemory(parts, instance.rank_bytes(shape.lnc))
 
 
-def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Of one sequence on one rank: every rank holds the latent and the rotary key of all layers."""
-    return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * BY_TORCH[dtype].item_bytes
+def _draft_bytes(config: ModelConfig, shape: CompiledShape) -> int:
+    """The MTP layer, its cache, and the draft's own embedding and head, which NxDI gives it."""
+    weights = sum(weight_bytes(config, shape.tp_degree, shape.dtype, shape.form, DRAFT).values())
+    return weights + cache_bytes_per_token(config, shape.dtype, 1) * shape.batch_size * shape.seq_len
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: str, layers: int | None = None) -> int:
+    """Of one sequence on one rank: every rank holds the latent and the rotary key of all layers, or of so many."""
+    return (
+        (layers or config.num_hidden_layers)
+        * (config.kv_lora_rank + config.qk_rope_head_dim)
+        * BY_TORCH[dtype].item_bytes
+    )
 
 
 def scratch_bytes(config: ModelConfig, shape: CompiledShape) -> int:
