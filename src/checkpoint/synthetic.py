@@ -94,7 +94,8 @@ def _tensors(config: dict[str, Any], generator: torch.Generator) -> Iterator[tup
     copies, values = mtp_copies(read_model_config(config)), {}
     for source in _sources(config):
         value, stored = _random(source, generator), _stored_dtype(source, config)
-        values[source.name] = value = values.get(copies.get(source.name), value)
+        value = values.get(copies.get(source.name), value).clone()  # a copy is stored on its own
+        values[source.name] = value
         if stored == "F8_E4M3":
             names = (source.name, source.name + SCALE_SUFFIX)
             yield from zip(names, quantize_blocks(value, _block_size(config)), strict=True)

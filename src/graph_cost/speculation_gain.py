@@ -20,9 +20,10 @@ def gain_lines(
             continue
         ratio = (1 + acceptance) * bound(ours, machine).total / bound(cost, machine).total
         flops = sum(cost.dot_flops.values()) - sum(ours.dot_flops.values())
+        collectives = cost.collective_count - ours.collective_count
         yield (
             f"{request}: {flops / 1e9:.2f} GFLOP, {(cost.memory_bytes - ours.memory_bytes) / 1e6:.0f} MB and "
-            f"{cost.collective_count - ours.collective_count} collectives more than a plain step; {ratio:.2f} times its "
+            f"{collectives} collectives more than a plain step; {ratio:.2f} times its "
             f"tokens per second at an acceptance of {acceptance:g}" + ("" if ratio > 1 else ": it does not pay")
         )
 

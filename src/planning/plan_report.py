@@ -149,7 +149,7 @@ def _gain_lines(plan: MemoryPlan) -> Iterator[str]:
     if not plan.gains:
         return
     tokens = plan.shape.speculation_length
-    yield f"tokens per second with the MTP draft, times plain ones, {plan.acceptance:.0%} of drafts accepted: by bytes read"
+    yield f"tokens per second with the MTP draft, in plain ones, {plan.acceptance:.0%} accepted: by bytes read"
     for batch, gain in plan.gains.items():
         said = f"{gain:10.2f}" if gain else f"   refused: {batch * tokens} tokens in a step"
         yield f"  {f'batch {batch}':<12}{said}"
