@@ -67,7 +67,10 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
     ) -> None:
         config = self.get_config_cls().load(model_path) if config is None else config
         super().__init__(model_path, self._with_draft(config), *args, **kwargs)
-        self.requests = RequestChecks(self.neuron_config, self.config.vocab_size)
+        # The embedded runtime's forward makes plain steps, whether there is a draft or not.
+        drafts = self.neuron_config.enable_fused_speculation and backend.NAME == "nxdi"
+        step_length = self.neuron_config.speculation_length if drafts else 1
+        self.requests = RequestChecks(self.neuron_config, self.config.vocab_size, step_length)
         if self.neuron_config.quantized and self._runs_on_neuron():
             # Ahead of compile() and load(): of NxDI's doors inference_demo alone sets them.
             os.environ.update(FP8_VARIABLES)

@@ -17,15 +17,10 @@ _NOT_SUPPORTED = ("inputs_embeds", "labels", "output_attentions", "output_hidden
 class RequestChecks:
     """Checks the calls of one model. Remembers how many positions each cache slot holds, [slots] of int64."""
 
-    def __init__(self, neuron_config: Any, vocab_size: int):
-        self.neuron_config, self.vocab_size = neuron_config, vocab_size
+    def __init__(self, neuron_config: Any, vocab_size: int, step_length: int = 1):
+        """step_length: the most tokens by which a step can make a sequence longer."""
+        self.neuron_config, self.vocab_size, self._step_length = neuron_config, vocab_size, step_length
         self.cached = torch.zeros(neuron_config.kv_cache_batch_size, dtype=torch.int64)
-
-    @property
-    def _step_length(self) -> int:
-        """The most tokens by which a step can make a sequence longer."""
-        neuron_config = self.neuron_config
-        return neuron_config.speculation_length if neuron_config.enable_fused_speculation else 1
 
     def check(self, input_ids: Tensor | None, seq_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """position_ids and attention_mask [B, S] as the base model shall get them, the mask only where it needs one.

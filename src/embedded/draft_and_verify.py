@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..token_choice import TokenChoice
-from .model_base import _bucket
+from .model_base import bucket_of
 
 
 class DraftAndVerify:
@@ -65,7 +65,7 @@ class DraftAndVerify:
     def _run(self, model: Any, tokens: Tensor, positions: Tensor, prev_hidden: Tensor | None = None) -> Tensor:
         """Hidden states of new tokens [B, S] at their positions, over what is cached ahead of each row's first."""
         first = positions[:, :1]
-        length = _bucket(int(positions.max()) + 1, self._model.neuron_config.decode_buckets())
+        length = bucket_of(int(positions.max()) + 1, self._model.neuron_config.decode_buckets())
         mask = torch.arange(length, device=tokens.device) < first
         return model.hidden_states(tokens, mask, positions, self._slots, False, prev_hidden)
 

@@ -179,11 +179,11 @@ class NeuronBaseForCausalLM(nn.Module):
 
     def _pad_prompt(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length = input_ids.shape[1]
-        pad = (0, _bucket(length, self.neuron_config.prompt_buckets()) - length)
+        pad = (0, bucket_of(length, self.neuron_config.prompt_buckets()) - length)
         return F.pad(input_ids, pad, value=self.config.pad_token_id), F.pad(mask, pad), F.pad(positions, pad, value=1)
 
     def _pad_decode(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        length = _bucket(int(positions.max()) + 1, self.neuron_config.decode_buckets())
+        length = bucket_of(int(positions.max()) + 1, self.neuron_config.decode_buckets())
         return input_ids, F.pad(mask, (0, length - mask.shape[1])), positions
 
 
@@ -200,7 +200,7 @@ def _among_new(input_ids: Tensor) -> Tensor | None:
     return torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device).tril()
 
 
-def _bucket(length: int, buckets: list[int]) -> int:
+def bucket_of(length: int, buckets: list[int]) -> int:
     """The smallest bucket that holds `length`; at least 2, as one token would be a decoding step."""
     for bucket in buckets:
         if length <= bucket:

@@ -16,3 +16,16 @@ def acceptance(prompts, rows, steps, length):
     """The share of drafted tokens that were accepted: each step adds one token more than that."""
     new = sum(len(row) - len(prompt) - 1 for prompt, row in zip(prompts, rows, strict=True))
     return (new - steps * len(rows)) / (steps * len(rows) * (length - 1))
+
+
+def expected_counts(reference, prompts, new_tokens, length):
+    """(steps, accepted drafts) of generations by the reference's drafts, up to `new_tokens` behind each prompt."""
+    steps = accepted = 0
+    for prompt in prompts:
+        right = reference.greedy(prompt, new_tokens + length)
+        made = 1
+        while made < new_tokens:
+            drafted, _ = reference.draft(prompt + right[:made], length - 1)
+            kept = next((i for i, token in enumerate(drafted) if token != right[made + i]), len(drafted))
+            steps, accepted, made = steps + 1, accepted + kept, made + kept + 1
+    return steps, accepted

@@ -311,3 +311,13 @@ def test_the_config_survives_its_json(half, tmp_path):
     config = DeepseekV3InferenceConfig.load(tmp_path)
     assert config.neuron_config.enable_fused_speculation
     assert config.neuron_config.speculation_length == 3
+
+
+def test_generation_reaches_the_end_of_the_cache(half):
+    """Plain steps to the last position, speculating ones as far as drafted tokens have room."""
+    folder, reference = half
+    adapter, prompt = adapter_of(load(folder, 3, batch_size=1, seq_len=16)), PROMPTS[1]
+    ids = torch.tensor([prompt])
+    for options, count in (({}, 11), ({"speculation": "mtp"}, 10)):
+        tokens = adapter.generate(ids, max_new_tokens=count, do_sample=False, **options)
+        assert tokens[0, len(prompt) :].tolist() == reference.greedy(prompt, count)
