@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from nxdi_deepseek import backend
+from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.commands.generate import right_pad
 from nxdi_deepseek.embedded.draft_and_verify import DraftAndVerify
@@ -16,6 +17,7 @@ from nxdi_deepseek.tiny_model import TINY_MODEL_DIR, load_goldens
 from nxdi_deepseek.token_choice import TokenChoice
 from support import nxdi
 from support.damage import drop, replace
+from support.members import GLM
 from support.models import CONFIGS, init_embedded, load_config, load_model, make_config, random_prompts
 from support.mtp_drafts import ACCEPTANCE, DRAFTED, FAULTS, MTP_LAYER, PROMPT_LENGTHS, write_drafted
 from support.mtp_reference import ReferenceMTP
@@ -321,3 +323,12 @@ def test_generation_reaches_the_end_of_the_cache(half):
     for options, count in (({}, 11), ({"speculation": "mtp"}, 10)):
         tokens = adapter.generate(ids, max_new_tokens=count, do_sample=False, **options)
         assert tokens[0, len(prompt) :].tolist() == reference.greedy(prompt, count)
+
+
+def test_another_member_with_the_layer_drafts_too(tmp_path):
+    """GLM-4.7-Flash's, whose experts config.json lists by layer: the tokens are those of plain decoding."""
+    write_checkpoint(tmp_path, GLM)
+    model = load(tmp_path, 3)
+    adapter, (ids, mask) = adapter_of(model), right_pad(random_prompts(PROMPT_LENGTHS, GLM["vocab_size"]), model.config)
+    asked = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(adapter.generate(ids, speculation="mtp", **asked), adapter.generate(ids, **asked))
