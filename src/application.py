@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from . import backend
 from .checkpoint.convert import state_dict_of
+from .checkpoint.copies import check_copies
 from .checkpoint.folder import Checkpoint
+from .checkpoint.parts import DRAFT, FUSED, MODEL
 from .checkpoint.source import StateDictSource, TensorSource
 from .compiler_options import check_prompts, compiler_options
 from .config import DeepseekV3InferenceConfig
@@ -22,6 +24,7 @@ from .paged_requests import PagedRequests
 from .planning.load_check import check_loads
 from .rank_files import check_rank_files
 from .requests import RequestChecks, take_rows
+from .speculation import check_draft, draft_config
 from .third_party import started_by_torchrun, told
 from .weight_forms import weight_form
 
@@ -60,13 +63,29 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """
         return _state_dict(StateDictSource(state_dict), config)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.requests = RequestChecks(self.neuron_config, self.config.vocab_size)
+    def __init__(
+        self, model_path: str, config: DeepseekV3InferenceConfig | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        config = self.get_config_cls().load(model_path) if config is None else config
+        super().__init__(model_path, self._with_draft(config), *args, **kwargs)
+        # The embedded runtime's forward makes plain steps, whether there is a draft or not.
+        drafts = self.neuron_config.enable_fused_speculation and backend.NAME == "nxdi"
+        step_length = self.neuron_config.speculation_length if drafts else 1
+        self.requests = RequestChecks(self.neuron_config, self.config.vocab_size, step_length)
         self.paged = PagedRequests(self.neuron_config) if self.neuron_config.is_block_kv_layout else None
         if self.neuron_config.quantized and self._runs_on_neuron():
             # Ahead of compile() and load(): of NxDI's doors inference_demo alone sets them.
             os.environ.update(FP8_VARIABLES)
+
+    @classmethod
+    def _with_draft(cls, config: DeepseekV3InferenceConfig) -> DeepseekV3InferenceConfig:
+        """The draft is always the checkpoint's own: a door may have named another one."""
+        if not config.neuron_config.enable_fused_speculation:
+            return config
+        asked = getattr(config, "fused_spec_config", None)
+        if asked is not None:
+            check_draft(config.model, asked.draft_config.model)
+        return backend.with_draft(config, draft_config(config), cls._model_cls)
 
     @functools.wraps(backend.NeuronBaseForCausalLM.forward, assigned=())  # transformers asks for its arguments
     def forward(self, input_ids: Tensor | None = None, seq_ids: Tensor | None = None, **inputs: Any) -> Any:
@@ -170,10 +189,11 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
         """What NxDI shards and loads. Replaces NxDI's own, which casts the correction bias to bfloat16."""
         return self.get_state_dict(self._checkpoint_dir(), self.config)
 
-    def rank_state_dict(self, rank: int) -> dict[str, Tensor]:
-        """What the embedded runtime loads: one rank's part. The others' is neither read nor built."""
+    def rank_state_dict(self, rank: int, config: DeepseekV3InferenceConfig) -> dict[str, Tensor]:
+        """What the embedded runtime loads: one rank's part of the model, or of the draft if `config` is the draft's.
+        The others' is neither read nor built."""
         with Checkpoint(self._checkpoint_dir()) as checkpoint:
-            return _state_dict(checkpoint.reader, self.config, rank)
+            return _state_dict(checkpoint.reader, config, rank)
 
     def shard_weights(
         self, compiled_model_path: str, debug: bool = False, pre_shard_weights_hook: Callable[..., None] | None = None
@@ -199,6 +219,7 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
             resume=True,
             config=self.config.model,
             weights=neuron_config.weights,
+            fused=neuron_config.enable_fused_speculation,
         )
 
     def load_weights(
@@ -228,9 +249,17 @@ class NeuronDeepseekV3ForCausalLM(backend.NeuronBaseForCausalLM):
 
 
 def _state_dict(source: TensorSource, config: DeepseekV3InferenceConfig, rank: int | None = None) -> dict[str, Tensor]:
-    neuron_config = config.neuron_config
+    """What a config's model holds. On the embedded runtime draft and model are two; NxDI's are one."""
+    neuron_config, model = config.neuron_config, config.model
+    part = MODEL
+    if neuron_config.is_eagle_draft:
+        part = DRAFT
+    elif neuron_config.enable_fused_speculation and backend.NAME == "nxdi":
+        part = FUSED
+    if part != MODEL:
+        check_copies(source, model)
     form = weight_form(neuron_config.weights)
-    return state_dict_of(source, config.model, neuron_config.torch_dtype, neuron_config.tp_degree, rank, form)
+    return state_dict_of(source, model, neuron_config.torch_dtype, neuron_config.tp_degree, rank, form, part)
 
 
 def _follow_bucket(model: NeuronDeepseekV3Model, args: tuple[Tensor, ...]) -> None:

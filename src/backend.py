@@ -72,6 +72,7 @@ gather_sequence = _names.gather_sequence
 rank_of = _names.rank_of
 rmsnorm_cls = _names.rmsnorm_cls
 shard_group = _names.shard_group
+with_draft = _names.with_draft
 
 
 def describe() -> str:

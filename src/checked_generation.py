@@ -12,7 +12,10 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .errors import ConfigError
 from .requests import check_right_padded, check_token_ids
+from .speculation import MTP
+from .speculative_generation import check_room, speculate
 from .third_party import told
+from .token_choice import TokenChoice
 
 # Arguments of generate() that only None leaves right, and what to do instead.
 _REFUSED_ARGUMENTS = {
@@ -40,13 +43,20 @@ class CheckedGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def generate(
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        speculation: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As GenerationMixin.generate, greedy or sampling, for prompts [B, S] padded on the right.
 
         Without attention_mask, padding is found by its token as in transformers. use_cache changes nothing, since
-        the model always has its cache. Raises ConfigError for what cannot be answered right.
+        the model always has its cache. speculation: "mtp" drafts with the checkpoint's MTP layer, of a model with
+        enable_eagle_speculation; `speculation_counts` tells how well. Raises ConfigError for what cannot be answered
+        right.
         """
+        self._speculates = self._asked_speculation(speculation)
         for name, remedy in _REFUSED_ARGUMENTS.items():
             if kwargs.get(name) is not None:
                 raise ConfigError(f"generate: {name} is not supported; {remedy}")
@@ -60,6 +70,34 @@ class CheckedGenerationMixin(GenerationMixin):
         kwargs |= {"attention_mask": mask.to(torch.int64), "generation_config": generation_config, "use_cache": False}
         with told("generate", ValueError, TypeError, NotImplementedError), _no_advice_to_pad_left():
             return super().generate(input_ids, **kwargs)
+
+    def _asked_speculation(self, speculation: str | None) -> bool:
+        if speculation not in (None, MTP):
+            raise ConfigError(f"generate: speculation {speculation!r} is not supported; use {MTP!r} or None")
+        if speculation and not self.neuron_model.neuron_config.enable_fused_speculation:
+            raise ConfigError("generate: speculation needs enable_eagle_speculation=True in the NeuronConfig")
+        return speculation is not None
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        if not self._speculates:
+            plain = {"synced_gpus": synced_gpus, "streamer": streamer, **model_kwargs}
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **plain)
+        mask, config = model_kwargs["attention_mask"], self.neuron_model.neuron_config
+        speculator = self._speculator(TokenChoice(logits_processor, generation_config.do_sample))
+        check_room(mask, generation_config.max_length - input_ids.shape[1], speculator.drafted, config.max_length)
+        sequences, self.speculation_counts = speculate(
+            speculator, input_ids, mask, stopping_criteria, generation_config, streamer
+        )
+        return sequences
 
     def _checked_prompts(self, inputs: Tensor | None, input_ids: Tensor | None) -> Tensor:
         if (inputs is None) == (input_ids is None):

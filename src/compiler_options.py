@@ -23,6 +23,7 @@ def expert_instructions(config: DeepseekV3InferenceConfig) -> dict[int, int]:
     if not kernel.use_shard_on_block_dynamic_while:
         return {}
     layers = sum(map(model.has_experts, range(model.num_hidden_layers)))
+    layers += neuron_config.enable_fused_speculation  # the draft's, in the same graph
     found = {}
     for length in prompt_lengths(neuron_config):
         cost = expert_kernel_cost(

@@ -15,6 +15,7 @@ from .paged_fields import check_paging, fill_paging, fill_sizes
 from .quantized_fields import check_weights, fill_weights
 from .saved_config import CONFIG_FILE, check_saved_config, restore_enums
 from .shard_fields import check_shards
+from .speculation import check_speculation, fill_speculation
 from .third_party import told
 
 # NeuronConfig fields that the model does not implement: the one value that it accepts, and the remedy.
@@ -32,9 +33,7 @@ _UNSUPPORTED = {
     "moe_ep_degree": (1, "use tensor parallelism only"),
     "hybrid_sharding_config": (None, "it holds the experts twice, which does not fit; leave it unset"),
     "pp_degree": (1, "use tensor parallelism only"),
-    "is_medusa": (False, "speculation is not implemented"),
-    "speculation_length": (0, "speculation is not implemented"),
-    "enable_fused_speculation": (False, "speculation is not implemented"),
+    "is_medusa": (False, "only the checkpoint's MTP layer drafts; leave it off"),
     "lora_config": (None, "LoRA is not implemented"),
     "kv_quant_config": (None, "the latent cache is not quantized"),
     "kv_cache_quant": (False, "the latent cache is not quantized"),
@@ -77,6 +76,7 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         kwargs.setdefault("disable_numeric_cc_token", True)
         kwargs.setdefault("blockwise_matmul_config", dict(_EXPERT_KERNEL))
         kwargs = fill_paging(fill_weights(_from_saved(kwargs)))
+        kwargs = fill_speculation(kwargs, compiled=backend.NAME == "nxdi")
         check_values(kwargs)
         _check_expert_kernel(kwargs["blockwise_matmul_config"])
         self.weights: str = kwargs.pop("weights")
@@ -85,6 +85,8 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
             super().__init__(**kwargs)
         if self.is_prefix_caching:
             fill_sizes(self, kwargs)
+        if self.is_eagle_draft:  # NxDI sets it whenever enable_eagle_speculation is
+            self.enable_fused_speculation = False
 
 
 def _check_expert_kernel(choice: Any) -> None:
@@ -159,6 +161,7 @@ class DeepseekV3InferenceConfig(backend.InferenceConfig):
         self.model.check_tensor_parallel(self.neuron_config.tp_degree)
         self._validate_neuron_config()
         check_weights(self.neuron_config, self.model)
+        check_speculation(self.neuron_config, self.model, prompt_lengths(self.neuron_config))
 
     def _validate_neuron_config(self) -> None:
         neuron_config = self.neuron_config

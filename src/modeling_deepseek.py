@@ -9,6 +9,7 @@ P qk_rope_head_dim, V v_head_dim, R kv_lora_rank, E routed experts, K experts pe
 Tensors are cut by tensor_split: split gives wrong values on torch-neuronx, see device_graphs/process.py.
 """
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from . import backend
 from .config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from .latent_cache import KeyValue, LatentKVCacheManager, PagedLatentKVCacheManager, latent_cache_manager
 from .mla import absorbed_attention, expanded_attention, expands_prefix, query_growth
+from .mtp import MTPInput
 from .rope_util import DeepseekV3RotaryEmbedding, rotate_interleaved
 from .router import DeepseekV3Router
 from .sharded_attention import by_rank, gathered_rows, held_rows, rows_of, sharded_attention
@@ -265,8 +267,21 @@ class NeuronDeepseekV3DecoderLayer(nn.Module):
         return hidden_states + mlp_output, key_value, cos_cache, sin_cache, None
 
 
+class DeepseekV3MTPLayer(NeuronDeepseekV3DecoderLayer):
+    """The decoder layer of the draft, with the norm ahead of its head: NxDI's base model has no norm for drafts."""
+
+    def __init__(self, config: DeepseekV3InferenceConfig):
+        super().__init__(config, config.model.num_hidden_layers)
+        self.shared_head_norm = backend.rmsnorm_cls()(config.model.hidden_size, eps=config.model.rms_norm_eps)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, KeyValue, Tensor, Tensor, None]:
+        hidden_states, *rest = super().forward(*args, **kwargs)
+        return self.shared_head_norm(hidden_states), *rest
+
+
 class NeuronDeepseekV3Model(backend.NeuronBaseModel):
-    """Embedding, decoder layers, final norm and head, over the latent cache."""
+    """Embedding, decoder layers, final norm and head, over the latent cache. With `is_eagle_draft` in the NeuronConfig
+    it is the draft: the MTP layer between embedding and head (mtp.py)."""
 
     def setup_attr_for_model(self, config: DeepseekV3InferenceConfig) -> None:
         neuron_config = config.neuron_config
@@ -284,10 +299,12 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         self.embed_tokens = backend.ParallelEmbedding(
             vocab, hidden, model.pad_token_id, dtype=dtype, shard_across_embedding=True
         )
-        self.layers = nn.ModuleList(
-            NeuronDeepseekV3DecoderLayer(config, layer) for layer in range(model.num_hidden_layers)
-        )
-        self.norm = backend.rmsnorm_cls()(hidden, eps=model.rms_norm_eps)
+        if config.neuron_config.is_eagle_draft:
+            self.fc, layers = MTPInput(config), [DeepseekV3MTPLayer(config)]
+        else:
+            layers = [NeuronDeepseekV3DecoderLayer(config, layer) for layer in range(model.num_hidden_layers)]
+            self.norm = backend.rmsnorm_cls()(hidden, eps=model.rms_norm_eps)
+        self.layers = nn.ModuleList(layers)
         self.lm_head = backend.ColumnParallelLinear(
             hidden, vocab, bias=False, gather_output=not self.on_device_sampling, dtype=dtype
         )
@@ -296,7 +313,9 @@ class NeuronDeepseekV3Model(backend.NeuronBaseModel):
         super().init_inference_optimization(config)
         self.is_paged = config.neuron_config.is_block_kv_layout
         self.kv_seq_shards = config.neuron_config.kv_seq_shards
-        self.kv_mgr = latent_cache_manager(config.neuron_config)(config, num_kv_head=self.num_key_value_heads)
+        cached = copy.copy(config)
+        cached.num_hidden_layers = len(self.layers)
+        self.kv_mgr = latent_cache_manager(config.neuron_config)(cached, num_kv_head=self.num_key_value_heads)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NeuronDeepseekV3Model":
         """Moves and casts like any module, but leaves FP8 weights and their scales what they are: NxDI casts both to

@@ -33,6 +33,7 @@ _FLAGS = (
     "skip_sharding",
     "async_mode",
     "allow_input_truncation",
+    "enable_eagle_speculation",
 )
 # float16 only on the device.
 _DTYPES = (*MODEL_DTYPES, "float16")

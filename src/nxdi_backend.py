@@ -19,7 +19,7 @@ from neuronx_distributed.parallel_layers.parallel_state import (
     get_tensor_model_parallel_replica_groups,
 )
 from neuronx_distributed.utils import cpu_mode
-from neuronx_distributed_inference.models.config import InferenceConfig, MoENeuronConfig
+from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig, InferenceConfig, MoENeuronConfig
 from neuronx_distributed_inference.models.model_base import NeuronBaseForCausalLM, NeuronBaseModel
 from neuronx_distributed_inference.modules.custom_calls import CustomRMSNorm
 from neuronx_distributed_inference.modules.kvcache.block_kv_cache_manager import BlockKVCacheManager
@@ -127,6 +127,13 @@ def build_moe(config: Any, router: nn.Module) -> nn.Module:
     if hasattr(moe.expert_mlps, "spmd_rank"):  # not without parallelize_token_to_block_mapping
         router.own_tokens = functools.partial(_own_tokens, moe.expert_mlps.spmd_rank)
     return moe
+
+
+def with_draft(config: Any, draft: Any, model_cls: type[nn.Module]) -> Any:
+    """The config of a model that NxDI's NeuronFusedSpecModel makes of `model_cls`, with that of its draft."""
+    path = getattr(config, "_name_or_path", None)
+    config.fused_spec_config = FusedSpecNeuronConfig(model_cls, draft_config=draft, draft_model_path=path)
+    return config
 
 
 def _with_scales(neuron_config: Any) -> Any:

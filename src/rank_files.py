@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .checkpoint.header import Header, read_header
-from .checkpoint.layout import rank_layout
-from .checkpoint.plan import MODEL, file_name, part_folder
+from .checkpoint.parts import FUSED, MODEL, rank_layout
+from .checkpoint.plan import file_name, part_folder
 from .dtypes import dtype_name
 from .errors import CheckpointError, report_problems
 from .weight_forms import weight_form
@@ -20,10 +20,11 @@ def check_rank_files(compiled_dir: str | Path, config: "DeepseekV3InferenceConfi
     tensor: of another form of weights, dtype, tp_degree or model."""
     neuron_config = config.neuron_config
     form, tp_degree = weight_form(neuron_config.weights), neuron_config.tp_degree
-    layout = rank_layout(config.model, tp_degree, neuron_config.torch_dtype, form)
+    part = FUSED if neuron_config.enable_fused_speculation else MODEL
+    layout = rank_layout(config.model, tp_degree, neuron_config.torch_dtype, form, part)
     wanted = {name: (dtype, shape) for name, dtype, shape in layout}
     for rank in ranks:
-        path = part_folder(compiled_dir, MODEL) / file_name(rank)
+        path = part_folder(compiled_dir, part) / file_name(rank)
         header = read_header(path)
         report_problems("rank files cannot be used", header.problems)
         name = next((name for name in wanted if _found(header, name) != wanted[name]), None)

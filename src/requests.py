@@ -17,8 +17,9 @@ _NOT_SUPPORTED = ("inputs_embeds", "labels", "output_attentions", "output_hidden
 class RequestChecks:
     """Checks the calls of one model. Remembers how many positions each cache slot holds, [slots] of int64."""
 
-    def __init__(self, neuron_config: Any, vocab_size: int):
-        self.neuron_config, self.vocab_size = neuron_config, vocab_size
+    def __init__(self, neuron_config: Any, vocab_size: int, step_length: int = 1):
+        """step_length: the most tokens by which a step can make a sequence longer."""
+        self.neuron_config, self.vocab_size, self._step_length = neuron_config, vocab_size, step_length
         self.cached = torch.zeros(neuron_config.kv_cache_batch_size, dtype=torch.int64)
 
     def check(self, input_ids: Tensor | None, seq_ids: Tensor, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ class RequestChecks:
         positions, mask = request["position_ids"], request["attention_mask"]
         if mask is None:  # NxDI would infer one as long as the sequences left out
             mask = (torch.arange(int(positions.max())) < positions).to(torch.int64)
-        last = self.neuron_config.max_length - 1
+        last = self.neuron_config.max_length - self._step_length
         request = request | {"attention_mask": mask}
         filled = {name: _append_rows(value, len(rest), len(positions)) for name, value in request.items()}
         filled["seq_ids"][len(positions) :] = rest
@@ -125,15 +126,15 @@ class RequestChecks:
         return {"position_ids": positions} | masked
 
     def _check_positions(self, seq_ids: Tensor, positions: Tensor) -> None:
-        limit = self.neuron_config.max_length
-        if int(positions.max()) >= limit:
+        limit, length = self.neuron_config.max_length, self._step_length
+        if int(positions.max()) + length > limit:  # NxDI moves drafted tokens beyond it back, over other positions
             raise ConfigError(f"the sequence reached seq_len {limit}; raise seq_len in the NeuronConfig")
         for slot, position, cached in zip(
             seq_ids.tolist(), positions.tolist(), self.cached[seq_ids].tolist(), strict=True
         ):
             if not 0 < position <= cached:
                 raise ConfigError(f"forward: position {position} does not follow the {cached} cached in slot {slot}")
-        self.cached[seq_ids] = positions.to(torch.int64) + 1
+        self.cached[seq_ids] = positions.to(torch.int64) + length
 
 
 def is_prompt(position_ids: Tensor) -> bool:

@@ -12,8 +12,9 @@ from ..weight_forms import BF16, WeightForm
 from .checks import check_tensors
 from .decoder import UnitDecoder
 from .folder import Checkpoint
-from .layout import Source, TensorSpec, in_form, model_layout, rank_tensor_names
+from .layout import Source, TensorSpec, in_form, model_layout
 from .parallel import run_threads, thread_count
+from .parts import MODEL, part_layout, part_rank_tensors
 from .quantization import with_stored_blocks
 from .source import TensorSource
 from .stored import shape_of
@@ -29,11 +30,12 @@ def state_dict_of(
     tp_degree: int,
     rank: int | None = None,
     form: WeightForm = BF16,
+    part: str = MODEL,
 ) -> dict[str, Tensor]:
-    """The model's tensors in `dtype` (the router's correction bias in float32), and rank tensors: what `rank`'s file
-    holds; without `rank` the whole tensors, which NxDI cuts, with int32 arange(tp_degree) as rank tensors. form: that
-    of the routed experts. Of FP8 with a scale per channel NxDI gives all ranks one scale of `down`, where rank files
-    have each rank's own: whole tensors hold other codes of it.
+    """The tensors of a part (parts.py) in `dtype` (the router's correction bias in float32), and rank tensors: what
+    `rank`'s file holds; without `rank` the whole tensors, which NxDI cuts, with int32 arange(tp_degree) as rank
+    tensors. form: that of the routed experts. Of FP8 with a scale per channel NxDI gives all ranks one scale of `down`,
+    where rank files have each rank's own: whole tensors hold other codes of it.
 
     Raises CheckpointError listing missing, extra and misshapen tensors, or naming one that holds NaN or infinity;
     ConfigError when memory cannot hold the result.
@@ -41,7 +43,8 @@ def state_dict_of(
     config = with_stored_blocks(config, source)
     check_tensors(source, config)
     form.check(config, tp_degree)
-    specs, parts = list(in_form(model_layout(config), form, config, tp_degree)), 1 if rank is None else tp_degree
+    specs, parts = part_layout(config, part, source), 1 if rank is None else tp_degree
+    specs = list(in_form(specs, form, config, tp_degree))
     held = (tensor for spec in specs for tensor in spec.rank_tensors(dtype, parts))
     needed = sum(prod(shape) * tensor_dtype.itemsize for _, tensor_dtype, shape in held)
     if rank is None:
@@ -50,7 +53,7 @@ def state_dict_of(
         check_memory(needed, f"a rank of tp_degree {tp_degree}", "use a larger tp_degree or a smaller torch_dtype")
     state_dict = _decoded(source, config, specs, dtype, parts, rank or 0)
     numbers = range(tp_degree) if rank is None else [rank]
-    state_dict.update((name, torch.tensor(numbers, dtype=torch.int32)) for name in rank_tensor_names(config))
+    state_dict.update((name, torch.tensor(numbers, dtype=torch.int32)) for name in part_rank_tensors(config, part))
     return state_dict
 
 

@@ -41,12 +41,13 @@ def estimate_sharding(
     jobs: int | None = None,
     with_mtp: bool = False,
     weights: str = "bf16",
+    fused: bool = False,
 ) -> ShardEstimate:
     """Checks the checkpoint as shard_checkpoint does, then writes for some seconds to a file that vanishes."""
     jobs = thread_count(jobs)
     folder = next(path for path in (Path(out_dir).absolute(), *Path(out_dir).absolute().parents) if path.exists())
     with Checkpoint(model_dir) as checkpoint:
-        reader, plans = checkpoint.reader, make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp, weights)
+        reader, plans = checkpoint.reader, make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp, weights, fused)
         probed, seconds = _probe(plans[0], reader, ranks, jobs, folder)
         source_bytes = sum(entry.nbytes for entry in reader.entries.values())
     return ShardEstimate(

@@ -17,7 +17,6 @@ from math import prod
 
 import torch
 
-from ..dtypes import to_safetensors
 from ..model_config import ModelConfig
 from ..weight_forms import DOWN, GATE_UP, ExpertScale, WeightForm
 
@@ -190,17 +189,6 @@ def in_form(specs: Iterable[TensorSpec], form: WeightForm, config: ModelConfig, 
         yield replace(spec, padding=padding * spec.head_size) if spec.head_size else spec
 
 
-def rank_layout(
-    config: ModelConfig, tp_degree: int, dtype: torch.dtype, form: WeightForm
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype in safetensors' words, shape) of all that the file of one rank holds of the model."""
-    for spec in in_form(model_layout(config), form, config, tp_degree):
-        for name, tensor_dtype, shape in spec.rank_tensors(dtype, tp_degree):
-            yield name, to_safetensors(tensor_dtype), shape
-    for name in rank_tensor_names(config):
-        yield name, "I32", (1,)
-
-
 def model_layout(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every weight of the model, in the order of the forward pass. MTP layers are not part of it."""
     H, vocab = config.hidden_size, config.vocab_size
@@ -230,8 +218,7 @@ def mtp_layout(config: ModelConfig, stored: Container[str] | None = None) -> Ite
     and head are the model's: a checkpoint may hold copies of them in each layer. stored: the names of its tensors;
     where a copy is not among them, the model's own is the source.
     """
-    H, vocab = config.hidden_size, config.vocab_size
-    shared = {"embed_tokens": _EMBEDDING, "shared_head.head": _head(config).name}
+    H, vocab, copies = config.hidden_size, config.vocab_size, mtp_copies(config)
     for layer in config.mtp_layers:
         yield from layer_layout(config, layer)
         neuron, hf = f"layers.{layer}.", f"model.layers.{layer}."
@@ -244,9 +231,15 @@ def mtp_layout(config: ModelConfig, stored: Container[str] | None = None) -> Ite
             ("eh_proj", (H, 2 * H), 0),
         ):
             source = f"{hf}{name}.weight"
-            if stored is not None and source not in stored and name in shared:
-                source = shared[name]
+            if stored is not None and source not in stored:
+                source = copies.get(source, source)
             yield _spec(f"{neuron}{name}.weight", source, shape, partition_dim)
+
+
+def mtp_copies(config: ModelConfig) -> dict[str, str]:
+    """The tensors of MTP layers that are copies of the model's own, and the names of these."""
+    shared = {"embed_tokens": _EMBEDDING, "shared_head.head": _head(config).name}
+    return {f"model.layers.{i}.{name}.weight": own for i in config.mtp_layers for name, own in shared.items()}
 
 
 def stores_mtp(config: ModelConfig, stored: Container[str]) -> bool:

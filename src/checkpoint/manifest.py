@@ -17,7 +17,8 @@ from ..dtypes import MODEL_DTYPES
 from ..errors import CheckpointError
 from ..weight_forms import FORMS
 from .files import write_json
-from .plan import MODEL, MTP, ShardPlan, file_name
+from .parts import FUSED, MODEL, MTP
+from .plan import ShardPlan, file_name
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 2
@@ -108,7 +109,7 @@ class Manifest:
     def _check_types(self) -> None:
         """Raises ValueError for a field that is not what `save` writes."""
         checks = {
-            "part": self.part in (MODEL, MTP),
+            "part": self.part in (MODEL, MTP, FUSED),
             "tp_degree": type(self.tp_degree) is int and 1 <= self.tp_degree <= _MAX_RANKS,
             "dtype": self.dtype in MODEL_DTYPES,
             "weights": self.weights in FORMS,

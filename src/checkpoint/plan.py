@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from ..dtypes import model_dtype, to_safetensors
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..model_config import ModelConfig
 from ..weight_forms import BF16, FP8_BLOCK, WeightForm, weight_form
+from .copies import check_copies
 from .header import TensorEntry, build_header
-from .layout import in_form, model_layout, mtp_layout, rank_tensor_names, stores_mtp
+from .layout import in_form
+from .parts import FUSED, MODEL, MTP, part_layout, part_rank_tensors
 from .planned_file import PlannedFile
 from .source import TensorSource
 from .stored import stored_weight, weight_block_size
@@ -25,16 +27,15 @@ if TYPE_CHECKING:
     from .decoder import Decoded
     from .folder import Checkpoint
 
-MODEL, MTP = "model", "mtp"
 # Below the output folder; `weights` is where NxDI's load() looks.
-_FOLDERS = {MODEL: "weights", MTP: "mtp/weights"}
+_FOLDERS = {MODEL: "weights", FUSED: "weights", MTP: "mtp/weights"}
 _RANKS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 class ShardPlan:
-    """One part of a model (`model` or `mtp`) cut for `tp_degree` ranks in `dtype`, its routed experts in `form`.
+    """One part of a checkpoint (parts.py) cut for `tp_degree` ranks in `dtype`, its routed experts in `form`.
 
-    stored: the checkpoint's tensors, see layout.mtp_layout; None where there is no checkpoint.
+    stored: the checkpoint's tensors; None where there is no checkpoint.
     """
 
     def __init__(
@@ -50,17 +51,8 @@ class ShardPlan:
         form.check(config, tp_degree)
         self.config, self.tp_degree, self.dtype, self.part, self.form = config, tp_degree, dtype, part, form
         self.folder, self._stored = part_folder(out_dir, part), stored
-        layers = config.mtp_layers if part == MTP else None
-        if part == MTP and not layers:
-            raise ConfigError("config.json: num_nextn_predict_layers is 0: the checkpoint has no MTP layer to write")
-        if part == MTP and stored is not None and not stores_mtp(config, stored):
-            raise CheckpointError(
-                f"config.json: num_nextn_predict_layers is {len(layers)}, but the checkpoint has no tensors of an MTP "
-                f"layer {layers[0]}; leave --with-mtp out"
-            )
-        specs = mtp_layout(config, stored) if part == MTP else model_layout(config)
-        self.specs = list(in_form(specs, form, config, tp_degree))
-        self.rank_tensors = list(rank_tensor_names(config, layers))
+        self.specs = list(in_form(part_layout(config, part, stored), form, config, tp_degree))
+        self.rank_tensors = part_rank_tensors(config, part)
 
     @cached_property
     def kept_blocks(self) -> list[int] | None:
@@ -135,14 +127,19 @@ def make_plans(
     dtype: str,
     with_mtp: bool = False,
     weights: str = "bf16",
+    fused: bool = False,
 ) -> list[ShardPlan]:
-    """The parts to write. Raises ConfigError for a degree, dtype or form of weights that cannot be, CheckpointError for
-    what is wrong with the checkpoint."""
+    """The parts to write: the model (with `fused` the draft beside it), and the MTP layers with `with_mtp`. Raises
+    ConfigError for a degree, dtype or form of weights that cannot be, CheckpointError for what is wrong with the
+    checkpoint."""
     config, form = checkpoint.config, weight_form(weights)
     form.check(config, tp_degree)
     torch_dtype = model_dtype(dtype)
     checkpoint.check()
-    parts = [MODEL, MTP] if with_mtp else [MODEL]
+    parts = [FUSED if fused else MODEL, *([MTP] if with_mtp else [])]
+    if fused:
+        part_layout(config, FUSED, checkpoint.reader)
+        check_copies(checkpoint.reader, config)
     return [ShardPlan(config, tp_degree, torch_dtype, out_dir, part, checkpoint.reader, form) for part in parts]
 
 

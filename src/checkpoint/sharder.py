@@ -49,6 +49,7 @@ def shard_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     config: ModelConfig | None = None,
     weights: str = "bf16",
+    fused: bool = False,
 ) -> ShardSummary:
     """Writes OUT_DIR/weights/tp{rank}_sharded_checkpoint.safetensors, the files of NxDI's own sharding.
 
@@ -57,14 +58,15 @@ def shard_checkpoint(
     known again by its content (CheckpointReader.identity). with_mtp: write the MTP layers to OUT_DIR/mtp/weights too.
     progress is called as progress(done_bytes, total_bytes) after each piece of work, in the calling thread; what an
     earlier run did is among the bytes that are done. config: another one than config.json's, for example of a model
-    with fewer layers. weights: the form of the routed experts, a name of weight_forms.FORMS.
+    with fewer layers. weights: the form of the routed experts, a name of weight_forms.FORMS. fused: for speculation,
+    the draft beside the model, under the names of NxDI's fused models.
 
     Raises ConfigError or CheckpointError. What is wrong with the checkpoint is told before any file is written, except
     NaN and infinity in large weights; so is a disk that is too small. What was finished is kept for `resume`.
     """
     start, jobs = time.monotonic(), thread_count(jobs)
     with Checkpoint(model_dir, config) as checkpoint, ExitStack() as locks:
-        plans = make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp, weights)
+        plans = make_plans(checkpoint, out_dir, tp_degree, dtype, with_mtp, weights, fused)
         ranks = check_ranks(range(tp_degree) if ranks is None else ranks, tp_degree)
         for plan in plans:
             locks.enter_context(locked_folder(plan.folder))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..model_config import read_model_config
 from .fp8 import SCALE_SUFFIX, quantize_blocks, scale_shape
 from .header import build_header
-from .layout import Source, model_layout, mtp_layout
+from .layout import Source, model_layout, mtp_copies, mtp_layout
 from .reader import INDEX_FILE, CheckpointReader
 from .stored import PACKED_SUFFIX, WEIGHTS_IN_WORD
 
@@ -91,8 +91,11 @@ def _write_json(model_dir: Path, config: dict[str, Any], index: dict[str, Any]) 
 
 
 def _tensors(config: dict[str, Any], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    copies, values = mtp_copies(read_model_config(config)), {}
     for source in _sources(config):
         value, stored = _random(source, generator), _stored_dtype(source, config)
+        value = values.get(copies.get(source.name), value).clone()  # a copy is stored on its own
+        values[source.name] = value
         if stored == "F8_E4M3":
             names = (source.name, source.name + SCALE_SUFFIX)
             yield from zip(names, quantize_blocks(value, _block_size(config)), strict=True)

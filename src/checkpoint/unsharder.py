@@ -19,7 +19,8 @@ from .fp8 import SCALE_SUFFIX
 from .header import build_header
 from .manifest import Manifest
 from .parallel import run_threads, thread_count
-from .plan import MODEL, MTP, ShardPlan, part_folder
+from .parts import FUSED, MODEL, MTP
+from .plan import ShardPlan, part_folder
 from .planned_file import PlannedFile, check_space
 from .reader import INDEX_FILE
 from .restored import RestoredExperts, bits_dtype
@@ -52,7 +53,7 @@ def unshard(
     if part_folder(out_dir, MTP).exists():
         parts.append(_part(Manifest.load_existing(part_folder(out_dir, MTP)), out_dir))
     else:
-        fields["num_nextn_predict_layers"] = 0
+        fields["num_nextn_predict_layers"] = 1 if manifest.part == FUSED else 0
     with locked_folder(model_dir):
         output = _ModelFiles(model_dir, parts)
         done = 0

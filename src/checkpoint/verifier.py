@@ -19,7 +19,8 @@ from .files import pread_into
 from .folder import Checkpoint
 from .manifest import Manifest, digest, tensor_checksum
 from .parallel import run_threads, thread_count
-from .plan import MODEL, MTP, ShardPlan, part_folder
+from .parts import MODEL, MTP
+from .plan import ShardPlan, part_folder
 from .reader import CheckpointReader
 from .sharder import rank_value
 
@@ -56,10 +57,10 @@ def verify_shards(
     manifests = [Manifest.load_existing(part_folder(out_dir, part)) for part in parts]
     with Checkpoint(model_dir, read_model_config(manifests[0].config)) as checkpoint:
         checkpoint.check()
-        for part, manifest in zip(parts, manifests, strict=True):
+        for manifest in manifests:
             dtype, stored = model_dtype(manifest.dtype), checkpoint.reader
             form = weight_form(manifest.weights)
-            plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, part, stored, form)
+            plan = ShardPlan(checkpoint.config, manifest.tp_degree, dtype, out_dir, manifest.part, stored, form)
             check = _PartCheck(plan, manifest, checkpoint.reader)
             with closing(check.execute(sample, jobs)) as steps:
                 for done, total in steps:

@@ -13,12 +13,14 @@ from ..graph_cost.kernels import BLOCKWISE_FORMULA
 from ..graph_cost.lowerer import Lowerer
 from ..graph_cost.request import PARTS, PHASES, Request
 from ..graph_cost.risk import cut, format_risks
+from ..graph_cost.speculation_gain import gain_lines
 from ..graph_cost.table import format_comparison, format_costs
 from ..graph_cost.time_model import Machine, bound
 from ..model_config import read_config_json
+from ..planning.plan_report import ACCEPTANCE
 from ..planning.shard_choice import AUTO, check_divides, fastest_shards
 from ..weight_forms import BF16, weight_form
-from .arguments import add_kv_seq_shards, add_weights
+from .arguments import add_kv_seq_shards, add_weights, probability
 
 _GRAPHS = (
     *(f"attention,prefill,{length},1" for length in (512, 2048, 8192, 32768)),
@@ -50,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--neuron-config", type=_json_object, default={}, help="more NeuronConfig fields, as JSON")
     parser.add_argument("--impl", help="folder of another package, which holds modeling_deepseek.py; it is run")
     parser.add_argument("--compare", action="store_true", help="with --impl: both, side by side")
+    parser.add_argument(
+        "--acceptance", type=probability, default=ACCEPTANCE, help="of drafts, for model,speculate graphs (%(default)s)"
+    )
     parser.add_argument("--risk", action="store_true", help="kinds of instructions that no known graph has, instead")
     parser.add_argument("--json", action="store_true", help="everything that was counted, as JSON")
     for option, (name, unit, size) in _MACHINE_OPTIONS.items():
@@ -92,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps([_record(*row, machine) for row in zip(requests, *costs, strict=True)], indent=2))
         return 0
     print(format_comparison(requests, *costs, machine) if args.compare else format_costs(requests, *costs, machine))
+    for line in gain_lines(requests, costs[-1], machine, args.acceptance):
+        print(line)
     print(f"rank 0 of {args.tp_degree}, per call. kernel FLOPs: {BLOCKWISE_FORMULA}, padding included.")
     print("dots and expert kernel: on an array of 128 by 128, float32 in four passes; counted, not measured.")
     print("bound: max(FLOPs / peak, bytes / bandwidth) + collectives, from published peaks; no measurement.")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -14,6 +15,8 @@ from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pre
 from ..device_graphs import process
 from ..errors import ConfigError
 from ..paged_fields import DEFAULT_BLOCK_SIZE
+from ..speculation import MTP
+from ..speculative_generation import SpeculationCounts
 from ..streaming import BatchStreamer, TextPrinter
 from ..weight_forms import BF16
 from .arguments import (
@@ -50,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="compute prompts this many tokens at a time, and what several begin with once (a cache in blocks)",
     )
+    parser.add_argument(
+        "--mtp", action="store_true", help="draft with the checkpoint's MTP layer: the same tokens, sooner"
+    )
     add_weights(parser)
     add_device_graphs(parser)
 
@@ -66,7 +72,8 @@ def _generate(args: argparse.Namespace) -> int:
     print(backend.describe())
     tokenizer, prompts = read_prompts(args)
     lengths = args.max_new_tokens, args.dtype, args.seq_len, args.tp_degree
-    model = load_model(args.model_dir, prompts, *lengths, weights=args.weights, chunk=args.chunk)
+    asked = {"weights": args.weights, "chunk": args.chunk, "mtp": args.mtp}
+    model = load_model(args.model_dir, prompts, *lengths, **asked)
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
     adapter.generation_config = read_generation_config(args.model_dir, model.config.model)
@@ -75,10 +82,21 @@ def _generate(args: argparse.Namespace) -> int:
     if args.temperature > 0:
         sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     printer = TextPrinter(tokenizer, len(prompts))
+    if args.mtp:
+        sampling["speculation"] = MTP
     adapter.generate(input_ids, attention_mask=attention_mask, streamer=BatchStreamer(printer), **sampling)
     if model.paged:
         print(f"prompts: {model.paged.computed} tokens computed, {model.paged.reused} found in the cache")
+    if args.mtp:
+        print(describe_speculation(adapter.speculation_counts))
     return 0
+
+
+def describe_speculation(counts: SpeculationCounts) -> str:
+    return (
+        f"MTP: {counts.tokens_per_step:.2f} tokens per step, {counts.accepted} of {counts.drafted} drafted tokens "
+        f"accepted ({counts.acceptance:.0%})"
+    )
 
 
 def load_model(
@@ -90,6 +108,7 @@ def load_model(
     tp_degree: int,
     weights: str = BF16.name,
     chunk: int | None = None,
+    mtp: bool = False,
 ) -> NeuronDeepseekV3ForCausalLM:
     """A model with room for the prompts and `max_new_tokens` more. chunk: tokens of a prompt to compute at a time, in a
     cache in blocks. Raises ConfigError when seq_len is too short, or longer than the model knows positions."""
@@ -98,15 +117,20 @@ def load_model(
         raise ConfigError(f"the longest prompt and --max-new-tokens need {needed} positions, --seq-len is {seq_len}")
     # The experts share out the tokens of a prompt among the ranks; blocks are whole.
     step = math.lcm(tp_degree, DEFAULT_BLOCK_SIZE) if chunk else tp_degree
+    if mtp and seq_len is None:
+        needed += 1  # the token drafted behind the last
     needed = -(-needed // step) * step
-    blocks = {"is_prefix_caching": True, "is_block_kv_layout": True}
+    fields: dict[str, Any] = {"enable_eagle_speculation": True} if mtp else {}
+    if chunk:
+        fields |= {"is_prefix_caching": True, "is_block_kv_layout": True}
+        fields |= {"max_context_length": min(chunk, seq_len or needed)}
     neuron_config = DeepseekV3NeuronConfig(
         batch_size=len(prompts),
         seq_len=seq_len or needed,
         torch_dtype=getattr(torch, dtype),
         tp_degree=tp_degree,
         weights=weights,
-        **blocks | {"max_context_length": min(chunk, seq_len or needed)} if chunk else {},
+        **fields,
     )
     config = DeepseekV3InferenceConfig(neuron_config, load_config=load_pretrained_config(model_dir))
     check_ids(prompts, config.vocab_size)

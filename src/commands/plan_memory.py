@@ -10,11 +10,12 @@ from ..model_config import CONFIG_JSON, ModelConfig, read_config_file, read_mode
 from ..planning.fitting import possible_tp_degrees
 from ..planning.instances import DEFAULT_INSTANCE, DEFAULT_LNC, INSTANCES, Instance, instance_of
 from ..planning.plan_picture import save_plan_picture
-from ..planning.plan_report import make_memory_plan, plan_json, plan_text
+from ..planning.plan_report import ACCEPTANCE, make_memory_plan, plan_json, plan_text
 from ..planning.rank_memory import CompiledShape
 from ..planning.shard_choice import AUTO, fastest_shards
+from ..speculation import MTP, SPECULATION_LENGTH
 from ..weight_forms import BF16, FORMS, weight_form
-from .arguments import add_kv_seq_shards, file_name, positive_int
+from .arguments import add_kv_seq_shards, file_name, positive_int, probability
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-blocks", type=positive_int, help="blocks; what batch-size and seq-len need if not given")
     add_kv_seq_shards(parser)
+    parser.add_argument("--speculation", choices=(MTP,), help="with the MTP layer as a draft beside the model")
+    parser.add_argument("--acceptance", type=probability, default=ACCEPTANCE, help="of drafted tokens (%(default)s)")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--png", type=file_name, metavar="FILE", help="a picture too; needs matplotlib")
 
@@ -44,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
     config = read_model_config(read_config_file(path if path.is_file() else path / CONFIG_JSON))
     instance = instance_of(args.instance)
     folder = path.parent if path.is_file() else path
-    plan = make_memory_plan(config, _shape(args, config, instance), instance, str(folder), _checkpoint_bytes(path))
+    plan = make_memory_plan(
+        config, _shape(args, config, instance), instance, str(folder), _checkpoint_bytes(path), args.acceptance
+    )
     if args.png:
         save_plan_picture(plan, args.png)
     print(json.dumps(plan_json(plan), indent=2) if args.format == "json" else plan_text(plan))
@@ -75,11 +80,14 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
         pa_block_size=args.block_size or 0,
         pa_num_blocks=args.num_blocks or 0,
         kv_seq_shards=shards,
+        speculation_length=_speculation_length(args, config),
     )
 
 
 def _check_blocks(args: argparse.Namespace) -> None:
     size, shards = args.block_size, args.kv_seq_shards
+    if args.speculation and (size or shards != 1):
+        raise ConfigError("--speculation with --block-size or --kv-seq-shards is not supported; leave one of them out")
     if size and shards != AUTO and size % shards:
         raise ConfigError(f"--block-size {size} is no multiple of --kv-seq-shards {shards}; change one of them")
     if not size:
@@ -95,6 +103,14 @@ def _check_blocks(args: argparse.Namespace) -> None:
             f"--num-blocks {args.num_blocks} cannot hold {args.batch_size} sequences of {args.seq_len} tokens; "
             f"raise it to {needed}"
         )
+
+
+def _speculation_length(args: argparse.Namespace, config: ModelConfig) -> int:
+    if not args.speculation:
+        return 0
+    if not config.num_nextn_predict_layers:
+        raise ConfigError("config.json: num_nextn_predict_layers is 0: there is no MTP layer to draft with")
+    return SPECULATION_LENGTH
 
 
 def _checkpoint_bytes(path: Path) -> int | None:

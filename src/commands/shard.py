@@ -7,6 +7,7 @@ from ..checkpoint.plan import parse_ranks
 from ..checkpoint.sharder import shard_checkpoint
 from ..dtypes import MODEL_DTYPES
 from ..progress_bar import ByteBar, format_bytes, format_seconds
+from ..speculation import MTP
 from ..weight_forms import BF16, FORMS
 from .arguments import file_name
 
@@ -27,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", help="write only these, for example 0-7,32")
     parser.add_argument("--jobs", type=int, help="threads; one per core if not given")
     parser.add_argument("--with-mtp", action="store_true", help="write the MTP layers too, to OUT_DIR/mtp/weights")
+    parser.add_argument(
+        "--speculation",
+        choices=(MTP,),
+        help="write the MTP layer as a draft beside the model, for a model compiled with enable_eagle_speculation",
+    )
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     parser.add_argument("--dry-run", action="store_true", help="check the checkpoint, print sizes and a time estimate")
 
@@ -47,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
             with_mtp=args.with_mtp,
             progress=progress,
             weights=args.weights,
+            fused=args.speculation == MTP,
         )
     resumed = f" ({format_bytes(summary.resumed)} were there already)" if summary.resumed else ""
     print(f"{summary.files} files in {', '.join(map(str, summary.folders))}")
@@ -67,9 +74,9 @@ def error_lines(errors: dict[str, float]) -> list[str]:
 
 
 def _dry_run(args: argparse.Namespace, ranks: list[int]) -> int:
-    estimate = estimate_sharding(
-        args.model_dir, args.out_dir, args.tp_degree, args.dtype, ranks, args.jobs, args.with_mtp, args.weights
-    )
+    fused = args.speculation == MTP
+    lengths = args.model_dir, args.out_dir, args.tp_degree, args.dtype
+    estimate = estimate_sharding(*lengths, ranks, args.jobs, args.with_mtp, args.weights, fused)
     enough = "enough" if estimate.free >= estimate.bytes else "NOT ENOUGH"
     print(f"checkpoint    in order, {format_bytes(estimate.source_bytes)}")
     print(f"output        {estimate.files} files of {format_bytes(estimate.file_bytes)} each")

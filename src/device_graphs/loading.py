@@ -36,7 +36,8 @@ def load_on_device_graphs(model: Any, compiled_path: str | Path | None = None) -
 def _shard(model: Any, folder: str) -> list[dict[str, Tensor]]:
     neuron_config = model.neuron_config
     dtype, weights = dtype_name(neuron_config.torch_dtype), neuron_config.weights
-    shard_checkpoint(model._checkpoint_dir(), folder, neuron_config.tp_degree, dtype, weights=weights)
+    fused = neuron_config.enable_fused_speculation
+    shard_checkpoint(model._checkpoint_dir(), folder, neuron_config.tp_degree, dtype, weights=weights, fused=fused)
     return _read_ranks(model, Path(folder))
 
 
@@ -79,9 +80,14 @@ def _assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if name in weights and weights[name].dtype != parameter.dtype:
             raise DeviceGraphError(f"{name} is {parameter.dtype} in the graphs and {weights[name].dtype} in rank files")
     missing, _ = module.load_state_dict(weights, strict=False, assign=True)
-    missing = [name for name in missing if not name.startswith("kv_mgr.")]
+    missing = [name for name in missing if not _is_state(name)]
     if missing:
         raise DeviceGraphError(f"the rank files lack {', '.join(missing)}")
+
+
+def _is_state(name: str) -> bool:
+    """Whether a tensor is the module's own: a cache, or the hidden states that drafts start from."""
+    return "kv_mgr." in name or name.startswith("hidden_state_rolling_buffer.")
 
 
 def _share_hooks(modules: list[nn.Module]) -> None:
@@ -123,10 +129,17 @@ def _lower_bucket(wrapper: Any, instance: Any, bucket: int, inputs: tuple[Tensor
     return Lowering(lowered, aliases, time.monotonic() - start)
 
 
+def _results(neuron_config: Any) -> int:
+    """Outputs that are no cache. With speculation: tokens, and the next step's token, mask and position."""
+    if neuron_config.enable_fused_speculation:
+        return 4
+    return 2 if getattr(neuron_config, "output_logits", False) else 1
+
+
 def _check_aliases(graph: str, module: nn.Module, outputs: list[Tensor], aliases: Mapping[str, int]) -> None:
     """Every cache has one output that is its next value, and of all outputs only the results have no cache."""
     results = len(outputs) - len(aliases)
-    expected = 2 if getattr(module.neuron_config, "output_logits", False) else 1
+    expected = _results(module.neuron_config)
     if sorted(aliases.values()) != list(range(expected, len(outputs))):
         raise DeviceGraphError(
             f"{graph}: {len(outputs)} outputs, of which {results} are no cache and {expected} should be; "

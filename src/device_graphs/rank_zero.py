@@ -29,11 +29,13 @@ def rank_zero(tp_degree: int, lnc_size: int) -> Iterator[None]:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp_degree, skip_collective_init=True, lnc_size=lnc_size
         )
+        parallel_state.initialize_speculative_draft_group(tp_degree)  # a draft's, as NxDI sets it up for tracing
         parallel_state.set_aot_mode(True)
         try:
             yield
         finally:
             parallel_state.set_aot_mode(False)
+            parallel_state._SPECULATIVE_DRAFT_GROUP = None  # NxD leaves it
             parallel_state.destroy_model_parallel()
 
 

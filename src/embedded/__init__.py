@@ -5,7 +5,7 @@ same model classes and the same tests run on both. It is not traced: shapes may 
 """
 
 from .generation import HuggingFaceGenerationAdapter
-from .model_base import NeuronBaseForCausalLM, NeuronBaseModel
+from .model_base import NeuronBaseForCausalLM, NeuronBaseModel, with_draft
 from .modules import BlockKVCacheManager, KVCacheManager, rmsnorm_cls
 from .moe import build_moe
 from .neuron_config import InferenceConfig, MoENeuronConfig

@@ -8,6 +8,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checked_generation import CheckedGenerationMixin
+from ..token_choice import TokenChoice
+from .draft_and_verify import DraftAndVerify
 
 
 class HuggingFaceGenerationAdapter(CheckedGenerationMixin, PreTrainedModel):
@@ -42,6 +44,9 @@ class HuggingFaceGenerationAdapter(CheckedGenerationMixin, PreTrainedModel):
             return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         # The newest token's own position; the model derives which cached positions it sees.
         return {"input_ids": input_ids[:, -1:], "position_ids": lengths - 1}
+
+    def _speculator(self, choice: TokenChoice) -> DraftAndVerify:
+        return DraftAndVerify(self.neuron_model, choice)
 
     def forward(self, input_ids: Tensor, return_dict: bool = True, **kwargs: Any) -> CausalLMOutputWithPast:
         return self.neuron_model(input_ids=input_ids, **kwargs)

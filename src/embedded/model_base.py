@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import CheckpointError, ConfigError
+from ..speculation import draft_config
 from .parallel_state import gather_sequence, initialize_model_parallel, split_sequence, tensor_parallel_rank
 
 # The arguments of a model's forward from sampling_params on to slot_mapping, which have no use here.
@@ -63,20 +64,44 @@ class NeuronBaseModel(nn.Module):
         tokens' keys go to slot_mapping [B, S]. The arguments stand where NxDI has them; those in between are its own.
         """
         prefill = self._is_context_encoding(input_ids)
-        self.n_positions = attention_mask.shape[-1]
-        mask = attention_mask if prefill else attention_mask[:, None, None, :].to(torch.bool)
-        hidden_states = self.get_model_output(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            seq_ids=seq_ids,
-            is_for_context_encoding=prefill,
+        hidden_states = self.hidden_states(
+            input_ids,
+            attention_mask,
+            position_ids,
+            seq_ids,
+            prefill,
             scatter_index=slot_mapping,
             active_block_table=active_block_table,
         )
         last = position_ids.argmax(dim=-1)
         rows = torch.arange(len(last), device=last.device)
         return self.lm_head(hidden_states[rows, last][:, None]).to(torch.float32)
+
+    @torch.no_grad()
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        seq_ids: Tensor | slice,
+        prefill: bool,
+        prev_hidden: Tensor | None = None,
+        **blocks: Tensor | None,
+    ) -> Tensor:
+        """What the head takes, [B, S, H] after the final norm; updates the cache. Arguments as in forward; prefill: a
+        prompt, else tokens at position_ids [B, S] behind what is cached. prev_hidden [B, S, H]: for a draft, the hidden
+        states ahead of its tokens."""
+        self.n_positions = attention_mask.shape[-1]
+        return self.get_model_output(
+            input_ids=input_ids,
+            attention_mask=attention_mask if prefill else attention_mask[:, None, None, :].to(torch.bool),
+            position_ids=position_ids,
+            seq_ids=seq_ids,
+            active_mask=None if prefill else _among_new(input_ids),
+            prev_hidden=prev_hidden,
+            is_for_context_encoding=prefill,
+            **blocks,
+        )
 
     def get_model_output(
         self,
@@ -85,12 +110,14 @@ class NeuronBaseModel(nn.Module):
         attention_mask: Tensor | None,
         position_ids: Tensor,
         seq_ids: Tensor | slice,
+        active_mask: Tensor | None,
+        prev_hidden: Tensor | None,
         is_for_context_encoding: bool,
         **blocks: Tensor | None,
     ) -> Tensor:
         """The hidden states [B, S, H] behind the last norm; the new tokens' keys are in the cache. blocks: also what a
         subclass adds for its layers and its cache manager."""
-        prefill, tables = is_for_context_encoding, blocks["active_block_table"]
+        prefill, tables = is_for_context_encoding, blocks.get("active_block_table")
         cache = None
         if tables is not None or not prefill:
             cache = self.kv_mgr.get_cache(
@@ -98,6 +125,8 @@ class NeuronBaseModel(nn.Module):
             )
         sequence_parallel = self.neuron_config.sequence_parallel_enabled
         hidden_states = self.embed_tokens(input_ids)
+        if self.neuron_config.is_eagle_draft:
+            hidden_states = self.fc.forward_wg(torch.cat((hidden_states, prev_hidden), dim=-1), False)
         if sequence_parallel:
             hidden_states = split_sequence(hidden_states)
         new_key_values, cos, sin = [], None, None
@@ -107,6 +136,7 @@ class NeuronBaseModel(nn.Module):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_value=None if cache is None else cache[i],
+                active_mask=active_mask,
                 cos_cache=cos,
                 sin_cache=sin,
                 is_for_context_encoding=prefill,
@@ -120,7 +150,8 @@ class NeuronBaseModel(nn.Module):
             new_key_values=new_key_values,
             **blocks,
         )
-        hidden_states = self.norm(hidden_states)
+        if not self.neuron_config.is_eagle_draft:
+            hidden_states = self.norm(hidden_states)
         return gather_sequence(hidden_states) if sequence_parallel else hidden_states
 
 
@@ -138,6 +169,7 @@ class NeuronBaseForCausalLM(nn.Module):
         self.config, self.neuron_config = config, config.neuron_config
         self.kv_cache_populated = False
         self.model: NeuronBaseModel | None = None
+        self.draft_model: NeuronBaseModel | None = None
 
     def to_cpu(self) -> None:
         """NxDI's name for loading without a Neuron device."""
@@ -147,16 +179,22 @@ class NeuronBaseForCausalLM(nn.Module):
         """Builds this rank's model on `device` and loads its part of the checkpoint."""
         device = torch.device(device)
         initialize_model_parallel(self.neuron_config.tp_degree, device)
-        state_dict = self.rank_state_dict(tensor_parallel_rank())
-        model = self._model_cls(self.config)
+        self.model = self._loaded(self.config, device)
+        if self.neuron_config.enable_fused_speculation:
+            self.draft_model = self._loaded(draft_config(self.config), device)
+            self.draft_model.embed_tokens, self.draft_model.lm_head = self.model.embed_tokens, self.model.lm_head
+
+    def _loaded(self, config: Any, device: torch.device) -> NeuronBaseModel:
+        state_dict = self.rank_state_dict(tensor_parallel_rank(), config)
+        model = self._model_cls(config)
         missing, _ = model.load_state_dict(state_dict, strict=False, assign=True)
         missing = [name for name in missing if not name.startswith("kv_mgr.")]
         if missing:
             raise CheckpointError(f"the converted checkpoint lacks {', '.join(missing)}")
-        self.model = model.to(device).eval()
+        return model.to(device).eval()
 
-    def rank_state_dict(self, rank: int) -> dict[str, Tensor]:
-        """The weights that `rank` holds, by the names of the model's parameters."""
+    def rank_state_dict(self, rank: int, config: Any) -> dict[str, Tensor]:
+        """The weights that `rank` holds, by the names of the parameters of the model that has this config."""
         raise NotImplementedError
 
     @property
@@ -226,7 +264,7 @@ class NeuronBaseForCausalLM(nn.Module):
             ids, _, positions = self._pad_prompt(*rest)
             neuron_config = self.neuron_config
             prefixes = [*(neuron_config.prefix_buckets or ()), neuron_config.max_length]
-            width = _bucket(computed, prefixes) if computed else 0
+            width = bucket_of(computed, prefixes) if computed else 0
             arguments = ids, F.pad(mask[:, :computed], (0, width - computed)), positions
             slots = F.pad(slots, (0, ids.shape[1] - slots.shape[1]), value=-1)
         blocks = width // self.neuron_config.pa_block_size
@@ -241,15 +279,28 @@ class NeuronBaseForCausalLM(nn.Module):
 
     def _pad_prompt(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length = input_ids.shape[1]
-        pad = (0, _bucket(length, self.neuron_config.prompt_buckets()) - length)
+        pad = (0, bucket_of(length, self.neuron_config.prompt_buckets()) - length)
         return F.pad(input_ids, pad, value=self.config.pad_token_id), F.pad(mask, pad), F.pad(positions, pad, value=1)
 
     def _pad_decode(self, input_ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        length = _bucket(int(positions.max()) + 1, self.neuron_config.decode_buckets())
+        length = bucket_of(int(positions.max()) + 1, self.neuron_config.decode_buckets())
         return input_ids, F.pad(mask, (0, length - mask.shape[1])), positions
 
 
-def _bucket(length: int, buckets: list[int]) -> int:
+def with_draft(config: Any, draft: Any, model_cls: type[NeuronBaseModel]) -> Any:
+    """The config as it is: the draft is a model beside this one."""
+    return config
+
+
+def _among_new(input_ids: Tensor) -> Tensor | None:
+    """Which of the new tokens see each other, bool [1, 1, S, S]; None for one, which sees itself."""
+    length = input_ids.shape[1]
+    if length == 1:
+        return None
+    return torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device).tril()
+
+
+def bucket_of(length: int, buckets: list[int]) -> int:
     """The smallest bucket that holds `length`; at least 2, as one token would be a decoding step."""
     for bucket in buckets:
         if length <= bucket:

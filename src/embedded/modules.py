@@ -56,14 +56,14 @@ class KVCacheManager(nn.Module):
         new_key_values: list[tuple[Tensor, Tensor]],
         **_: Any,
     ) -> None:
-        """Writes prompts from position 0 on, single new tokens at their positions, in place."""
+        """Writes prompts from position 0 on, new tokens at their positions, in place."""
         new = [tensor for pair in new_key_values for tensor in pair]
         slots = torch.arange(len(position_ids), device=position_ids.device) if isinstance(seq_ids, slice) else seq_ids
         for cache, latest in zip(self.past_key_values, new, strict=True):
             if is_for_context_encoding:
                 cache[slots, :, : latest.shape[2]] = latest
             else:
-                cache[slots, :, position_ids[:, 0]] = latest[:, :, 0]
+                cache[slots[:, None], :, position_ids] = latest.transpose(1, 2)
 
 
 class BlockKVCacheManager(KVCacheManager):

@@ -38,6 +38,7 @@ class MoENeuronConfig:
     # Read by the model, not supported here. Class attributes, so that they are not saved.
     on_device_sampling_config = None
     rpl_reduce_dtype = None
+    is_eagle_draft = False
 
     def __init__(self, **kwargs: Any) -> None:
         self.tp_degree: int = kwargs.pop("tp_degree", 1)
@@ -63,6 +64,9 @@ class MoENeuronConfig:
         dtype = kwargs.pop("torch_dtype", torch.bfloat16)
         self.torch_dtype: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.quantized: bool = kwargs.pop("quantized", False)
+        self.enable_eagle_speculation: bool = kwargs.pop("enable_eagle_speculation", False)
+        self.enable_fused_speculation: bool = kwargs.pop("enable_fused_speculation", False)
+        self.speculation_length: int = kwargs.pop("speculation_length", 0)
         for name in _WITHOUT_USE:
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))

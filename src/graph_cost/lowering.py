@@ -112,7 +112,11 @@ def _to_placeholders(part: nn.Module) -> dict[str, Tensor]:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = weights[f"{prefix}.{name}"] = _placeholder(tensor)
-    return {name: weight for name, weight in weights.items() if "kv_mgr" not in name}
+    return {name: weight for name, weight in weights.items() if not _is_state(name)}
+
+
+def _is_state(name: str) -> bool:
+    return "kv_mgr" in name or "hidden_state_rolling_buffer" in name
 
 
 def _placeholder(tensor: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from ..errors import GraphCostError
 from .request import Request
 
+_WRAPPERS = {
+    "prefill": "context_encoding_model",
+    "decode": "token_generation_model",
+    "speculate": "fused_spec_model",
+}
 _OUR_CLASS = "NeuronDeepseekV3ForCausalLM"
 
 
@@ -29,7 +34,8 @@ class Part(nn.Module):
         # Of a cache in blocks, the first bucket is without prefix.
         instance, self.inputs = model_instance(_application(request), request.phase, 1 if request.prefix else 0)
         model = instance.module
-        caches = list(model.kv_mgr.past_key_values)
+        models = [model.target_model, model.draft_model] if request.phase == "speculate" else [model]
+        caches = [cache for each in models for cache in each.kv_mgr.past_key_values]
         if request.part != "model":
             layer = request.layer
             caches = caches[2 * layer : 2 * layer + 2]
@@ -54,7 +60,7 @@ def _cached_tokens(request: Request, instance: Any, caches: list[Tensor]) -> int
 
 def model_instance(app: NeuronBaseForCausalLM, phase: str, bucket: int = 0) -> tuple[Any, dict[str, Any]]:
     """NxDI's model instance of the phase, loaded, and the example inputs of a bucket."""
-    wrapper = app.context_encoding_model if phase == "prefill" else app.token_generation_model
+    wrapper = getattr(app, _WRAPPERS[phase])
     tp_degree = wrapper.neuron_config.tp_degree
     torch.distributed.init_process_group(backend="xla", rank=0, world_size=tp_degree)
     parallel_state.initialize_model_parallel(
@@ -62,6 +68,7 @@ def model_instance(app: NeuronBaseForCausalLM, phase: str, bucket: int = 0) -> t
         skip_collective_init=True,
         lnc_size=wrapper.neuron_config.logical_nc_config,
     )
+    parallel_state.initialize_speculative_draft_group(tp_degree)
     parallel_state.set_aot_mode(True)
     instance = wrapper.get_model_instance()
     # Parameters reach the meta device as they are registered, but caches are filled with zeros ahead of it.
@@ -88,6 +95,8 @@ def _application(request: Request) -> NeuronBaseForCausalLM:
         fields |= {"seq_len": request.prefix + request.length, "prefix_buckets": [request.prefix]}
         fields |= {"is_prefix_caching": True, "is_block_kv_layout": True}
     fields |= {"tp_degree": request.tp_degree, "torch_dtype": torch.bfloat16, "logical_nc_config": 2}
+    if request.phase == "speculate":
+        fields["enable_eagle_speculation"] = True
     neuron_config = config_class.get_neuron_config_cls()(**fields | request.neuron_config)
     _check_names(request.neuron_config, neuron_config)
     set_compile_env_vars(neuron_config)  # as compile() does

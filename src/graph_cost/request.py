@@ -9,12 +9,12 @@ from ..errors import GraphCostError
 from ..model_config import ModelConfig, read_model_config
 
 PARTS = ("attention", "dense", "moe", "model")
-PHASES = ("prefill", "decode")
+PHASES = ("prefill", "decode", "speculate")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One graph of rank 0.
+    """One graph of rank 0. speculate: a step that drafts with the MTP layer and verifies, of the whole model only.
 
     part: attention, a decoder layer with a dense MLP (dense) or with experts (moe), or the whole model. length: of the
     prompt (prefill) or of the cache (decode). config: fields of a config.json. impl: folder that holds
@@ -72,4 +72,9 @@ class Request:
             raise GraphCostError(
                 f"graph {text!r}: PART is one of {', '.join(PARTS)}, PHASE is prefill or decode, the rest are positive"
             )
+        if phase == "speculate":
+            if part != "model":
+                raise GraphCostError(f"graph {text!r}: a step with speculation is of the whole model; use model")
+            if not request.model.num_nextn_predict_layers:
+                raise GraphCostError(f"graph {text!r}: there is no MTP layer to draft with")
         return request

@@ -60,7 +60,10 @@ def check_features(vllm_config: Any) -> None:
             "max-model-len / block-size, or --no-enable-prefix-caching",
         ),
         "enable_lora": (vllm_config.lora_config, "LoRA is not implemented; leave it off"),
-        "speculative_config": (vllm_config.speculative_config, "speculation is not implemented; leave it unset"),
+        "speculative_config": (
+            vllm_config.speculative_config,
+            "the Neuron plugin gives NxDI drafts of the method eagle alone, not MTP layers; leave it unset",
+        ),
         _SCHEDULER_VARIABLE: (
             os.environ.get(_SCHEDULER_VARIABLE, "0") != "0",
             "it stands for NxDI's chunked prefill, which does not run; unset it, and pass --enable-prefix-caching for "

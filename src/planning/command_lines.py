@@ -4,6 +4,7 @@ import json
 import shlex
 
 from ..model_config import ModelConfig
+from ..speculation import MTP
 from ..weight_forms import BF16
 from .rank_memory import CompiledShape
 
@@ -17,13 +18,15 @@ def command_lines(config: ModelConfig, shape: CompiledShape, model_dir: str) -> 
     lines = {"shard": _shard(shape, model_dir, _COMPILED)}
     if shape.kv_seq_shards == 1:
         lines["inference_demo"] = _inference_demo(config, shape, model_dir)
-    if shape.prompt_length == shape.seq_len or shape.pa_block_size:
+    whole_prompts = shape.prompt_length == shape.seq_len or shape.pa_block_size
+    if whole_prompts and not shape.speculation_length:  # vLLM's plugin takes no MTP draft
         lines |= {"shard for vLLM": _shard(shape, model_dir, _SERVED), "vLLM": _vllm(shape, model_dir)}
     return lines
 
 
 def _shard(shape: CompiledShape, model_dir: str, out_dir: str) -> str:
     words = ["nxdi-deepseek", "shard", model_dir, out_dir, "--tp-degree", shape.tp_degree]
+    words += ["--speculation", MTP] if shape.speculation_length else []
     return _line(words + ([] if shape.form is BF16 else ["--weights", shape.form.name]))
 
 
@@ -38,6 +41,9 @@ def _inference_demo(config: ModelConfig, shape: CompiledShape, model_dir: str) -
         words += ["--pa-block-size", shape.pa_block_size, "--pa-num-blocks", shape.blocks]
     if shape.prompts != shape.batch_size:
         words += ["--is-continuous-batching", "--ctx-batch-size", shape.prompts]
+    if shape.speculation_length:
+        words += ["--enable-eagle-speculation", "--speculation-length", shape.speculation_length]
+        words += ["--draft-model-path", model_dir]
     if shape.form.is_fp8:
         fields = shape.form.neuron_fields(config, shape.tp_degree)
         words += ["--quantized", "--quantization-type", fields["quantization_type"]]

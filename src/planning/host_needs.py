@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..checkpoint.parts import FUSED, MODEL
 from ..model_config import ModelConfig
 from .instances import GIB, Instance
 from .rank_memory import CompiledShape
@@ -31,7 +32,8 @@ def host_needs(
     config: ModelConfig, shape: CompiledShape, instance: Instance, checkpoint: int | None = None
 ) -> HostNeeds:
     """checkpoint: bytes of the Hugging Face checkpoint, None if there is only a config.json."""
-    rank_file = rank_file_bytes(config, shape.tp_degree, shape.dtype, shape.form)
+    part = FUSED if shape.speculation_length else MODEL
+    rank_file = rank_file_bytes(config, shape.tp_degree, shape.dtype, shape.form, part)
     files = shape.tp_degree * rank_file
     disk = files + (checkpoint or 0)
     return HostNeeds(

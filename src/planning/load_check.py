@@ -40,6 +40,7 @@ def compiled_shape(neuron_config: Any) -> CompiledShape:
         lnc=neuron_config.logical_nc_config or DEFAULT_LNC,
         **_blocks(neuron_config),
         kv_seq_shards=getattr(neuron_config, "kv_seq_shards", 1),
+        speculation_length=getattr(neuron_config, "speculation_length", 0),
     )
 
 

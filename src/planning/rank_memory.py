@@ -5,6 +5,7 @@ What is not arithmetic is named here, with its source. Nothing of it was measure
 
 from dataclasses import dataclass, field, replace
 
+from ..checkpoint.parts import DRAFT
 from ..dtypes import BY_TORCH
 from ..errors import ConfigError
 from ..model_config import ModelConfig
@@ -31,7 +32,7 @@ class CompiledShape:
     max_context_length: of the longest prompt, or of a chunk of it where the cache is in blocks; seq_len if 0.
     ctx_batch_size: prompts at a time, batch_size if 0. pa_block_size: tokens of a block, 0 for an unpaged cache.
     pa_num_blocks: as many as batch_size sequences of seq_len tokens need if 0. kv_seq_shards: adjacent ranks that share
-    each sequence's cache.
+    each sequence's cache. speculation_length: tokens that a step drafts and verifies with the MTP layer, 0 without.
     """
 
     tp_degree: int
@@ -45,6 +46,7 @@ class CompiledShape:
     pa_block_size: int = 0
     pa_num_blocks: int = 0
     kv_seq_shards: int = 1
+    speculation_length: int = 0
 
     @property
     def cached_rows(self) -> int:
@@ -108,15 +110,27 @@ def rank_memory(config: ModelConfig, shape: CompiledShape, instance: Instance) -
     check_divides(shape.kv_seq_shards, shape.tp_degree)
     parts = dict(weight_bytes(config, shape.tp_degree, shape.dtype, shape.form))
     parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.cached_rows
+    if shape.speculation_length:
+        parts["MTP draft"] = _draft_bytes(config, shape)
     parts["logits"] = _logit_bytes(config, shape)
     parts["prompt scratch"] = scratch_bytes(config, shape)
     parts["runtime reserve"] = RUNTIME_RESERVE
     return RankMemory(parts, instance.rank_bytes(shape.lnc))
 
 
-def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Of one sequence on a rank that holds it: the latent and the rotary key of all layers."""
-    return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * BY_TORCH[dtype].item_bytes
+def _draft_bytes(config: ModelConfig, shape: CompiledShape) -> int:
+    """The MTP layer, its cache, and the draft's own embedding and head, which NxDI gives it."""
+    weights = sum(weight_bytes(config, shape.tp_degree, shape.dtype, shape.form, DRAFT).values())
+    return weights + cache_bytes_per_token(config, shape.dtype, 1) * shape.cached_rows
+
+
+def cache_bytes_per_token(config: ModelConfig, dtype: str, layers: int | None = None) -> int:
+    """Of one sequence on a rank that holds it: the latent and the rotary key of all layers, or of so many."""
+    return (
+        (layers or config.num_hidden_layers)
+        * (config.kv_lora_rank + config.qk_rope_head_dim)
+        * BY_TORCH[dtype].item_bytes
+    )
 
 
 def scratch_bytes(config: ModelConfig, shape: CompiledShape) -> int:

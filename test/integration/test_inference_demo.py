@@ -235,3 +235,30 @@ def test_the_line_that_plan_prints_parses(tmp_path, capsys, monkeypatch, weights
     assert (args.tp_degree, args.batch_size, args.ctx_batch_size, args.seq_len) == (64, 2, 1, 512)
     assert args.quantized is (weights != "bf16")
     assert len(args.prompts) == 2
+
+
+@pytest.fixture(scope="module")
+def with_mtp(tmp_path_factory):
+    return write_served_checkpoint(tmp_path_factory.mktemp("mtp"), num_nextn_predict_layers=1)
+
+
+def speculating(*draft):
+    return ["--enable-eagle-speculation", "--speculation-length", "2", *draft]
+
+
+def test_speculation_takes_the_checkpoint_as_its_own_draft(with_mtp, tmp_path, demo):
+    """As far as NxDI's CPU mode goes, which comes behind all that is checked ahead of compiling."""
+    for draft in ([], ["--draft-model-path", with_mtp]):
+        status, _, error = demo(*arguments_for(with_mtp, tmp_path, *speculating(*draft)))
+        assert status == 2
+        assert "Speculation is not yet supported for CPU inference" in error
+
+
+def test_speculation_without_an_mtp_layer_is_refused(checkpoint, with_mtp, tmp_path, demo):
+    status, _, error = demo(*arguments_for(checkpoint, tmp_path, *speculating()))
+    assert status == 2
+    assert "num_nextn_predict_layers is 0" in error
+    other = write_served_checkpoint(tmp_path, num_nextn_predict_layers=1, vocab_size=1032)
+    status, _, error = demo(*arguments_for(with_mtp, tmp_path, *speculating("--draft-model-path", other)))
+    assert status == 2
+    assert "draft model: vocab_size 1032 is not the model's 1024" in error

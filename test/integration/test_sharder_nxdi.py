@@ -1,11 +1,9 @@
 """Rank files are those that NxDI's own ModelBuilder.shard_checkpoint writes, byte for byte."""
 
-import importlib
 import shutil
 
 import pytest
 import torch
-from nxdi_deepseek.without_sdk import stand_ins
 from support import nxdi
 
 nxdi.require_nxdi()
@@ -18,6 +16,7 @@ from safetensors.torch import load_file  # noqa: E402
 from support.dequantized import write_dequantized  # noqa: E402
 from support.encodings import ENCODINGS, FP8_CONFIG, write_encoded  # noqa: E402
 from support.models import CONFIGS, greedy, load_config, load_model, random_prompts  # noqa: E402
+from support.nxdi_sharding import shard_with_nxdi  # noqa: E402
 from support.parity_suite import assert_same_choice, teacher_forced  # noqa: E402
 
 VARIANTS = (
@@ -43,26 +42,6 @@ def checkpoint(tmp_path_factory):
         return folders[name, encoding]
 
     return get
-
-
-def shard_with_nxdi(model_dir, out_dir, tp_degree, dtype, monkeypatch, **fields):
-    """As NxDI's compile() does. In CPU mode its mock of torch.distributed could not make process groups.
-
-    fields: of the config in memory, where it differs from config.json. Returns the model.
-    """
-    monkeypatch.setenv("NXD_CPU_MODE", "0")
-    torch_neuronx = importlib.import_module("torch_neuronx")
-    if stand_ins.is_stand_in(torch_neuronx):
-        monkeypatch.setattr(torch_neuronx, "__version__", "2", raising=False)
-    neuron = {"torch_dtype": getattr(torch, dtype), "save_sharded_checkpoint": True, "batch_size": 1}
-    config = load_config(model_dir, tp_degree=tp_degree, **neuron)
-    vars(config).update(fields)
-    model = NeuronDeepseekV3ForCausalLM(str(model_dir), config)
-    builder = model.get_builder()
-    # Tied weights of a single rank share memory, and NxDI's save_file refuses such tensors.
-    builder.checkpoint_loader = lambda: {name: tensor.clone() for name, tensor in model.checkpoint_loader_fn().items()}
-    builder.shard_checkpoint(serialize_path=f"{out_dir}/weights/")
-    return model
 
 
 def assert_equals_nxdi(model_dir, tmp_path, tp_degree, dtype, monkeypatch):
@@ -95,7 +74,7 @@ def test_variants(checkpoint, tmp_path, monkeypatch, name, dtype, tp_degree):
 def test_fewer_layers_than_the_folder(checkpoint, tmp_path, monkeypatch):
     """shard_weights goes by the config in memory, as what NxDI loads does; and takes over the files next time."""
     model_dir = checkpoint("v3", "FP8, float32 scales")
-    model = shard_with_nxdi(model_dir, tmp_path / "nxdi", 2, "bfloat16", monkeypatch, num_hidden_layers=2)
+    model = shard_with_nxdi(model_dir, tmp_path / "nxdi", 2, "bfloat16", monkeypatch, {"num_hidden_layers": 2})
     model.shard_weights(str(tmp_path / "ours"))
     for rank in range(2):
         file = f"weights/tp{rank}_sharded_checkpoint.safetensors"

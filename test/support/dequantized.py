@@ -17,7 +17,7 @@ def parts_of(model_dir, whole=False, **neuron):
     model = NeuronDeepseekV3ForCausalLM(str(model_dir), load_config(model_dir, **neuron))
     if whole:
         return [model.checkpoint_loader_fn()]
-    return [model.rank_state_dict(rank) for rank in range(model.neuron_config.tp_degree)]
+    return [model.rank_state_dict(rank, model.config) for rank in range(model.neuron_config.tp_degree)]
 
 
 def write_dequantized(folder, model_dir, parts):

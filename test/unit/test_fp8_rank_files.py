@@ -142,7 +142,9 @@ def test_unsharding_fp8_gives_its_weights_in_the_models_dtype(model_dir, tmp_pat
 
 def configured(model_dir, form):
     """What rank_files reads of a model's config."""
-    neuron_config = SimpleNamespace(weights=form, tp_degree=4, torch_dtype=torch.bfloat16)
+    neuron_config = SimpleNamespace(
+        weights=form, tp_degree=4, torch_dtype=torch.bfloat16, enable_fused_speculation=False
+    )
     return SimpleNamespace(model=load_model_config(model_dir), neuron_config=neuron_config)
 
 

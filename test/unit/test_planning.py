@@ -5,7 +5,8 @@ import json
 import shlex
 
 import pytest
-from nxdi_deepseek.checkpoint.layout import rank_layout
+from nxdi_deepseek.checkpoint.header import build_header
+from nxdi_deepseek.checkpoint.parts import DRAFT, rank_layout
 from nxdi_deepseek.checkpoint.sharder import shard_checkpoint
 from nxdi_deepseek.cli import main
 from nxdi_deepseek.commands import shard as shard_command
@@ -283,3 +284,36 @@ def test_the_lines_of_a_cache_in_blocks(config_json, capsys):
 def test_bad_blocks_are_told_in_one_line(config_json, capsys, arguments, message):
     assert main(["plan", config_json, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_mtp_draft_is_planned_for(tmp_path, capsys):
+    """Its bytes are those of its rank file and its cache; gains follow from the bytes of a step."""
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED))
+    command = ["plan", str(tmp_path / "config.json"), "--format", "json", "--seq-len", "4096"]
+    command += ["--max-context-length", "512", "--batch-size", "2", "--weights", "fp8"]
+    assert main(command) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert main([*command, "--speculation", "mtp", "--acceptance", "0.5"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    entries = build_header(rank_layout(MODEL, 64, model_dtype("bfloat16"), FORMS["fp8"], DRAFT))[1]
+    draft = sum(entry.nbytes for entry in entries.values()) + 2 * 4096 * 1152
+    assert plan["rank"]["parts"]["MTP draft"] == draft
+    assert plan["rank"]["total"] - plain["rank"]["total"] == draft
+    assert plan["host"]["rank_file"] > plain["host"]["rank_file"]
+    assert plain["speculation"] is None
+    gains = plan["speculation"]["gain_by_batch_size"]
+    assert gains["16"] is None  # 32 tokens choose as many experts as there are
+    assert 1 < gains["8"] < gains["1"] < 1.5
+    assert "--speculation mtp" in plan["commands"]["shard"]
+    assert "--enable-eagle-speculation --speculation-length 2" in plan["commands"]["inference_demo"]
+    assert "vLLM" not in plan["commands"]
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED | {"num_nextn_predict_layers": 0}))
+    assert main([*command, "--speculation", "mtp"]) == 2
+    assert "there is no MTP layer to draft with" in capsys.readouterr().err
+
+
+def test_a_draft_that_is_never_accepted_does_not_pay(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED))
+    command = ["plan", str(tmp_path / "config.json"), "--speculation", "mtp", "--acceptance", "0.0001"]
+    main(command)
+    assert "does not pay from batch 1 on" in capsys.readouterr().out
