@@ -2,8 +2,8 @@
 
 Prints seconds and ratios within the run. BF16 is compared with two baselines: plainly writing as many bytes in as many
 files, each with fsync (before and after, the faster counts), and the straightforward path in torch. FP8 is compared
-with BF16; all forms take turns, and the fastest of each counts. 48 experts have the share of the bytes that the released
-model's have: files of fp8-block are 0.52 of BF16's. The plain write also warms up: a virtual machine may be
+with BF16; all forms take turns, and the fastest of each counts. 48 experts have the share of the bytes that the
+released model's have: files of fp8-block are 0.52 of BF16's. The plain write also warms up: a virtual machine may be
 given its memory only when it is first written to.
 
     python bench/shard.py [--folder /dev/shm] [--experts 48] [--rounds 2] [--skip-straightforward]
