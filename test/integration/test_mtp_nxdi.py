@@ -116,7 +116,7 @@ REFUSED = {
     "token_tree_config": {"0": ["1"]},
     "async_mode": True,
     "output_logits": True,
-    "is_continuous_batching": True,
+    "sequence_parallel_enabled": True,
     "on_device_sampling_config": SAMPLING,
 }
 
