@@ -31,8 +31,7 @@ _REFUSED = {
     "is_chunked_prefill": (False, "the draft takes prompts in one piece; leave it off"),
     "async_mode": (False, "it was not tested with MTP; leave it off"),
     "output_logits": (False, "accepted tokens come without logits; leave it off"),
-    "is_continuous_batching": (False, "it was not tested with MTP; leave it off"),
-    "sequence_parallel_enabled": (False, "it was not tested with MTP; leave it off"),
+    "sequence_parallel_enabled": (False, "the draft does not take a prompt in parts; leave it off"),
 }
 
 

@@ -1,10 +1,12 @@
 """The fused graphs of model and MTP draft, as NxDI traces them."""
 
 import pytest
+import torch
 from nxdi_deepseek.application import NeuronDeepseekV3ForCausalLM
 from nxdi_deepseek.backend import HuggingFaceGenerationAdapter
 from nxdi_deepseek.commands.generate import right_pad
 from nxdi_deepseek.device_graphs.loading import load_on_device_graphs
+from nxdi_deepseek.errors import ConfigError
 from nxdi_deepseek.example_configs import WIDE_CONFIG
 from support.device_graphs import load
 from support.models import V3, load_config, random_prompts
@@ -60,3 +62,33 @@ def test_a_compiled_folder_keeps_model_and_draft(tmp_path):
     load_on_device_graphs(loaded, compiled)
     reference = ReferenceMTP(model_dir)
     assert generated(loaded, prompts)[0] == [reference.greedy(prompt, NEW_TOKENS) for prompt in prompts]
+
+
+def test_sequences_come_and_wait_in_continuous_batching(tmp_path):
+    """Steps of some slots leave tokens, drafts and hidden states of the others alone, in any order of slots."""
+    model_dir, prompts = write_drafted(tmp_path, "half"), random_prompts(PROMPT_LENGTHS)
+    neuron = {"batch_size": len(prompts), "ctx_batch_size": 1, "seq_len": 64, "max_context_length": 32}
+    neuron |= {"is_continuous_batching": True, "tp_degree": 2}
+    model, _ = load(model_dir, enable_eagle_speculation=True, **neuron)
+    rows = {}
+
+    def start(slot):
+        ids = torch.tensor([prompts[slot]])
+        positions = torch.arange(ids.shape[1])[None]
+        output = model(input_ids=ids, position_ids=positions, seq_ids=torch.tensor([slot]))
+        rows[slot] = [*prompts[slot], int(output.fused_outputs[0][0, 0])]
+
+    def step(*slots):
+        last = torch.tensor([rows[slot][-1:] for slot in slots])
+        positions = torch.tensor([[len(rows[slot]) - 1] for slot in slots])
+        output = model(input_ids=last, position_ids=positions, seq_ids=torch.tensor(slots))
+        for slot, tokens in zip(slots, output.fused_outputs[0].tolist(), strict=True):
+            rows[slot] += [token for token in tokens if token >= 0]
+
+    start(1), step(1), start(0), step(1, 0), start(2)
+    step(2, 0, 1), step(0), step(2, 1), step(0), step(1, 2, 0), step(2)
+    reference = ReferenceMTP(model_dir)
+    for slot, prompt in enumerate(prompts):
+        assert rows[slot][len(prompt) :] == reference.greedy(prompt, len(rows[slot]) - len(prompt))
+    with pytest.raises(ConfigError, match="the sequence reached seq_len 64"):
+        model(input_ids=torch.tensor([[5]]), position_ids=torch.tensor([[63]]), seq_ids=torch.tensor([0]))

@@ -6,7 +6,6 @@ from support import nxdi
 nxdi.require_nxdi()
 
 from neuronx_distributed_inference.models.config import FusedSpecNeuronConfig  # noqa: E402
-from nxdi_deepseek.checkpoint.sharder import shard_checkpoint  # noqa: E402
 from nxdi_deepseek.errors import ConfigError  # noqa: E402
 from nxdi_deepseek.modeling_deepseek import NeuronDeepseekV3ForCausalLM, NeuronDeepseekV3Model  # noqa: E402
 from nxdi_deepseek.speculation import draft_config  # noqa: E402
@@ -15,7 +14,6 @@ from support.models import load_config, random_prompts  # noqa: E402
 from support.mtp_drafts import ACCEPTANCE, FAULTS, PROMPT_LENGTHS, write_drafted  # noqa: E402
 from support.mtp_reference import ReferenceMTP  # noqa: E402
 from support.mtp_suite import acceptance, assert_right  # noqa: E402
-from support.nxdi_sharding import shard_with_nxdi  # noqa: E402
 
 PROMPTS = random_prompts(PROMPT_LENGTHS)
 STEPS, LENGTHS = 8, (2, 3)
@@ -116,7 +114,7 @@ REFUSED = {
     "token_tree_config": {"0": ["1"]},
     "async_mode": True,
     "output_logits": True,
-    "is_continuous_batching": True,
+    "sequence_parallel_enabled": True,
     "on_device_sampling_config": SAMPLING,
 }
 
@@ -131,12 +129,3 @@ def test_cpu_mode_is_refused_in_a_line(drafted):
     model = NeuronDeepseekV3ForCausalLM(str(drafted["half"]), speculating(drafted["half"]))
     with pytest.raises(ConfigError, match="Speculation is not yet supported for CPU inference"):
         model.to_cpu()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rank_files_are_those_that_nxdi_writes(drafted, tmp_path, monkeypatch, dtype):
-    shard_with_nxdi(drafted["half"], tmp_path / "nxdi", 2, dtype, monkeypatch, enable_eagle_speculation=True)
-    shard_checkpoint(drafted["half"], tmp_path / "ours", 2, dtype, fused=True)
-    for rank in range(2):
-        name = f"weights/tp{rank}_sharded_checkpoint.safetensors"
-        assert (tmp_path / "nxdi" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()

@@ -28,7 +28,7 @@ class FusedModule:
         application = NeuronDeepseekV3ForCausalLM(str(model_dir), config)
         self.config = config
         parallel_state = importlib.import_module("neuronx_distributed.parallel_layers.parallel_state")
-        parallel_state._SPECULATIVE_DRAFT_GROUP = None  # of a process group that a former test module had
+        monkeypatch.setattr(parallel_state, "_SPECULATIVE_DRAFT_GROUP", None)  # NxD leaves the last one
         parallel_state.initialize_speculative_draft_group(config.neuron_config.tp_degree)
         self.module = NeuronFusedSpecModel(config)
         state_dict = application.checkpoint_loader_fn()

@@ -15,6 +15,8 @@ def shard_with_nxdi(model_dir, out_dir, tp_degree, dtype, monkeypatch, fields=()
     fields: of the config in memory, where it differs from config.json. Returns the model.
     """
     monkeypatch.setenv("NXD_CPU_MODE", "0")
+    parallel_state = importlib.import_module("neuronx_distributed.parallel_layers.parallel_state")
+    monkeypatch.setattr(parallel_state, "_SPECULATIVE_DRAFT_GROUP", None)  # NxD leaves the last one
     torch_neuronx = importlib.import_module("torch_neuronx")
     if stand_ins.is_stand_in(torch_neuronx):
         monkeypatch.setattr(torch_neuronx, "__version__", "2", raising=False)
