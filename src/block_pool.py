@@ -54,6 +54,10 @@ class BlockPool:
         self._grow(name, table)
         return table.blocks
 
+    def blocks_of(self, name: int) -> list[int]:
+        """The sequence's blocks, in order."""
+        return list(self._tables[name].blocks)
+
     def seal(self, name: int) -> None:
         """The sequence's tokens are all in the cache now: its full blocks may be shared."""
         table, size = self._tables[name], self.block_size

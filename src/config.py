@@ -82,7 +82,7 @@ class DeepseekV3NeuronConfig(backend.MoENeuronConfig):
         self.kv_seq_shards: int = kwargs.pop("kv_seq_shards", 1)
         with told("neuron_config", AssertionError, TypeError, ValueError):  # how NxDI refuses a value
             super().__init__(**kwargs)
-        if self.is_block_kv_layout:
+        if self.is_prefix_caching:
             fill_sizes(self, kwargs)
 
 

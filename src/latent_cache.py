@@ -52,6 +52,17 @@ class PagedLatentKVCacheManager(backend.BlockKVCacheManager):
         tensors = [tensor.flatten(0, 1).transpose(0, 1).unsqueeze(0) for tensor in self.past_key_values]
         return list(zip(tensors[::2], tensors[1::2], strict=True))
 
+    def _update_cache_into_block_layout(
+        self, latest: Tensor, cache: Tensor, slot_mapping: Tensor, padding_id: int = -1
+    ) -> Tensor:
+        """NxDI's hook, which itself writes a reshaped cache: what it returns would be no update in place.
+
+        latest [B, 1, S, ..] goes to slot_mapping, int [B, S], of cache [blocks + 1, block_size, 1, ..].
+        """
+        pool, size = cache.shape[:2]
+        slots = torch.where(slot_mapping == padding_id, (pool - 1) * size, slot_mapping)
+        return torch.index_put(cache, (slots // size, slots % size), latest.transpose(1, 2))
+
     def attends_pool(self, block_table: Tensor) -> bool:
         """Whether a decoding step over these blocks, int [B, blocks], reads the whole pool: decided by sizes alone."""
         return self.k_shape[0] <= _POOL_READS * block_table.numel()

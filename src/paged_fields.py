@@ -15,6 +15,8 @@ _BOTH = ("is_prefix_caching", "is_block_kv_layout")
 
 def is_paged(fields: Mapping[str, Any]) -> bool:
     """fields: NeuronConfig's keyword arguments. Raises ConfigError where only one of NxDI's two switches is on."""
+    if fields.get("chunked_prefill_config") is not None:
+        return False  # which is refused by its own name
     on = [name for name in _BOTH if fields.get(name)]
     if len(on) == 1:
         (other,) = set(_BOTH) - set(on)
@@ -91,9 +93,10 @@ def check_paging(neuron_config: Any) -> None:
 def _check_multiples(neuron_config: Any) -> None:
     size = neuron_config.pa_block_size
     names = ("context_encoding_buckets", "token_generation_buckets", "prefix_buckets")
-    lengths: dict[str, Iterable[int]] = {name: getattr(neuron_config, name) or [] for name in names}
-    for name in ("max_length", "max_context_length"):
-        lengths[name] = [getattr(neuron_config, name)]
+    lengths: dict[str, Iterable[int]] = {
+        name: [getattr(neuron_config, name)] for name in ("max_length", "max_context_length")
+    }
+    lengths |= {name: getattr(neuron_config, name) or [] for name in names}
     for name, values in lengths.items():
         for value in values:
             if value % size:

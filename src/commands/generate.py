@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 
 import torch
@@ -12,6 +13,7 @@ from ..application import NeuronDeepseekV3ForCausalLM
 from ..config import DeepseekV3InferenceConfig, DeepseekV3NeuronConfig, load_pretrained_config
 from ..device_graphs import process
 from ..errors import ConfigError
+from ..paged_fields import DEFAULT_BLOCK_SIZE
 from ..streaming import BatchStreamer, TextPrinter
 from ..weight_forms import BF16
 from .arguments import (
@@ -42,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seq-len", type=positive_int, help="bound of prompt and new tokens; what they need if not given"
     )
     parser.add_argument("--tp-degree", type=positive_int, default=1, help="under torchrun: its number of processes")
+    parser.add_argument(
+        "--chunk",
+        type=positive_int,
+        metavar="TOKENS",
+        help="compute prompts this many tokens at a time, and what several begin with once (a cache in blocks)",
+    )
     add_weights(parser)
     add_device_graphs(parser)
 
@@ -58,7 +66,7 @@ def _generate(args: argparse.Namespace) -> int:
     print(backend.describe())
     tokenizer, prompts = read_prompts(args)
     lengths = args.max_new_tokens, args.dtype, args.seq_len, args.tp_degree
-    model = load_model(args.model_dir, prompts, *lengths, weights=args.weights)
+    model = load_model(args.model_dir, prompts, *lengths, weights=args.weights, chunk=args.chunk)
     input_ids, attention_mask = right_pad(prompts, model.config)
     adapter = backend.HuggingFaceGenerationAdapter(model)
     adapter.generation_config = read_generation_config(args.model_dir, model.config.model)
@@ -68,6 +76,8 @@ def _generate(args: argparse.Namespace) -> int:
         sampling |= {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     printer = TextPrinter(tokenizer, len(prompts))
     adapter.generate(input_ids, attention_mask=attention_mask, streamer=BatchStreamer(printer), **sampling)
+    if model.paged:
+        print(f"prompts: {model.paged.computed} tokens computed, {model.paged.reused} found in the cache")
     return 0
 
 
@@ -79,19 +89,24 @@ def load_model(
     seq_len: int | None,
     tp_degree: int,
     weights: str = BF16.name,
+    chunk: int | None = None,
 ) -> NeuronDeepseekV3ForCausalLM:
-    """A model with room for the prompts and `max_new_tokens` more. Raises ConfigError when seq_len is too short, or
-    longer than the model knows positions."""
+    """A model with room for the prompts and `max_new_tokens` more. chunk: tokens of a prompt to compute at a time, in a
+    cache in blocks. Raises ConfigError when seq_len is too short, or longer than the model knows positions."""
     needed = max(map(len, prompts)) + max_new_tokens
     if seq_len is not None and needed > seq_len:
         raise ConfigError(f"the longest prompt and --max-new-tokens need {needed} positions, --seq-len is {seq_len}")
-    needed = -(-needed // tp_degree) * tp_degree  # the experts share out the tokens of a prompt among the ranks
+    # The experts share out the tokens of a prompt among the ranks; blocks are whole.
+    step = math.lcm(tp_degree, DEFAULT_BLOCK_SIZE) if chunk else tp_degree
+    needed = -(-needed // step) * step
+    blocks = {"is_prefix_caching": True, "is_block_kv_layout": True}
     neuron_config = DeepseekV3NeuronConfig(
         batch_size=len(prompts),
         seq_len=seq_len or needed,
         torch_dtype=getattr(torch, dtype),
         tp_degree=tp_degree,
         weights=weights,
+        **blocks | {"max_context_length": min(chunk, seq_len or needed)} if chunk else {},
     )
     config = DeepseekV3InferenceConfig(neuron_config, load_config=load_pretrained_config(model_dir))
     check_ids(prompts, config.vocab_size)

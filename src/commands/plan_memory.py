@@ -30,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-context-length", type=positive_int, help="of the longest prompt; seq-len if not given")
     parser.add_argument("--ctx-batch-size", type=positive_int, help="prompts at a time; batch-size if not given")
     add_kv_seq_shards(parser)
+    parser.add_argument(
+        "--block-size", type=positive_int, help="tokens of a block: a cache in blocks, and prompts in chunks"
+    )
+    parser.add_argument("--num-blocks", type=positive_int, help="blocks; what batch-size and seq-len need if not given")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--png", type=file_name, metavar="FILE", help="a picture too; needs matplotlib")
 
@@ -55,10 +59,11 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
             raise ConfigError(f"--{option.replace('_', '-')} {value} is more than {what} {limit}; lower it")
     if args.ctx_batch_size and args.ctx_batch_size > args.batch_size:
         raise ConfigError(f"--ctx-batch-size {args.ctx_batch_size} exceeds --batch-size {args.batch_size}; lower it")
+    _check_blocks(args)
     degrees = list(possible_tp_degrees(config, instance.logical_cores(args.lnc)))
     tp_degree, shards = args.tp_degree or max(degrees), args.kv_seq_shards
     if shards == AUTO:
-        shards = fastest_shards(config, tp_degree, args.batch_size, args.seq_len)
+        shards = fastest_shards(config, tp_degree, args.batch_size, args.seq_len, block_size=args.block_size or 0)
     return CompiledShape(
         tp_degree=tp_degree,
         batch_size=args.batch_size,
@@ -68,7 +73,26 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
         form=weight_form(args.weights),
         lnc=args.lnc,
         kv_seq_shards=shards,
+        pa_block_size=args.block_size or 0,
+        pa_num_blocks=args.num_blocks or 0,
     )
+
+
+def _check_blocks(args: argparse.Namespace) -> None:
+    size = args.block_size
+    if not size:
+        if args.num_blocks:
+            raise ConfigError("--num-blocks needs --block-size, the tokens of a block")
+        return
+    for option, value in (("--seq-len", args.seq_len), ("--max-context-length", args.max_context_length)):
+        if value and value % size:
+            raise ConfigError(f"{option} {value} is no multiple of --block-size {size}; change one of them")
+    needed = args.batch_size * (args.seq_len // size)
+    if args.num_blocks and args.num_blocks < needed:
+        raise ConfigError(
+            f"--num-blocks {args.num_blocks} cannot hold {args.batch_size} sequences of {args.seq_len} tokens; raise it "
+            f"to {needed}"
+        )
 
 
 def _checkpoint_bytes(path: Path) -> int | None:

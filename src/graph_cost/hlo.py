@@ -52,7 +52,8 @@ class Instruction:
 
 @dataclass
 class Graph:
-    """The entry computation, its instructions in an order in which operands come first."""
+    """The entry computation, its instructions in an order in which operands come first; without transposes that leave
+    every axis where it is."""
 
     instructions: list[Instruction]
     root: Instruction
@@ -63,17 +64,26 @@ class Graph:
         by_id: dict[str, Instruction] = {}
         for fields in computation["instructions"]:
             operands = [by_id[i] for i in fields.get("operandIds", [])]
+            if _leaves_all_in_place(fields):
+                by_id[fields["id"]] = operands[0]
+                continue
             instruction = Instruction(fields["name"], fields["opcode"], _shapes(fields["shape"]), operands, [], fields)
             for operand in operands:
                 operand.users.append(instruction)
             by_id[fields["id"]] = instruction
-        return cls(list(by_id.values()), by_id[computation["rootId"]])
+        return cls(list(dict.fromkeys(by_id.values())), by_id[computation["rootId"]])
 
     @property
     def parameters(self) -> dict[int, Instruction]:
         """By parameter number."""
         found = (instruction for instruction in self.instructions if instruction.opcode == "parameter")
         return {int(instruction.fields.get("parameterNumber", 0)): instruction for instruction in found}
+
+
+def _leaves_all_in_place(fields: dict[str, Any]) -> bool:
+    """A transpose of no axes, as torch_xla puts behind index_put, is its operand."""
+    axes = [int(axis) for axis in fields.get("dimensions", [])]
+    return bool(fields["opcode"] == "transpose" and axes == sorted(axes))
 
 
 def _shapes(fields: dict[str, Any]) -> tuple[Shape, ...]:

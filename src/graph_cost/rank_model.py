@@ -26,7 +26,8 @@ class Part(nn.Module):
 
     def __init__(self, request: Request):
         super().__init__()
-        instance, self.inputs = model_instance(_application(request), request.phase)
+        # Of a cache in blocks, the first bucket is without prefix.
+        instance, self.inputs = model_instance(_application(request), request.phase, 1 if request.prefix else 0)
         model = instance.module
         caches = list(model.kv_mgr.past_key_values)
         if request.part != "model":
@@ -35,7 +36,8 @@ class Part(nn.Module):
             model = model.layers[layer].self_attn if request.part == "attention" else model.layers[layer]
             self.inputs = _layer_inputs(request, instance.config.neuron_config, caches)
         self.module = model
-        self.kv_bytes_per_token = sum(cache.nbytes for cache in caches) // (request.batch * request.length)
+        row_bytes = sum(cache.nbytes * cache.shape[-1] // cache.numel() for cache in caches)
+        self.kv_bytes_per_token = row_bytes // _shards(instance.config.neuron_config)
 
     def forward(self, *args: Any, **inputs: Any) -> list[Tensor]:
         outputs = self.module(*args, **inputs)
@@ -44,8 +46,8 @@ class Part(nn.Module):
         return [outputs[0], *outputs[1]]
 
 
-def model_instance(app: NeuronBaseForCausalLM, phase: str) -> tuple[Any, dict[str, Any]]:
-    """NxDI's model instance of the phase, loaded, and the example inputs of its only bucket."""
+def model_instance(app: NeuronBaseForCausalLM, phase: str, bucket: int = 0) -> tuple[Any, dict[str, Any]]:
+    """NxDI's model instance of the phase, loaded, and the example inputs of a bucket."""
     wrapper = app.context_encoding_model if phase == "prefill" else app.token_generation_model
     tp_degree = wrapper.neuron_config.tp_degree
     torch.distributed.init_process_group(backend="xla", rank=0, world_size=tp_degree)
@@ -60,8 +62,8 @@ def model_instance(app: NeuronBaseForCausalLM, phase: str) -> tuple[Any, dict[st
     cache_on_meta = mock.patch.object(KVCacheManager, "__init__", _on_meta(KVCacheManager.__init__))
     with init_on_device(torch.device("meta"), force_custom_init_on_device=True), cache_on_meta:
         instance.load_module()
-    instance.get(0)
-    return instance, wrapper.input_generator()[0]
+    instance.get(bucket)
+    return instance, wrapper.input_generator()[bucket]
 
 
 def _on_meta(function: Callable[..., None]) -> Callable[..., None]:
@@ -76,6 +78,9 @@ def _application(request: Request) -> NeuronBaseForCausalLM:
     causal_lm = _causal_lm_class(request.impl)
     config_class = causal_lm.get_config_cls()
     fields = {"seq_len": request.length, "max_context_length": request.length, "batch_size": request.batch}
+    if request.prefix:
+        fields |= {"seq_len": request.prefix + request.length, "prefix_buckets": [request.prefix]}
+        fields |= {"is_prefix_caching": True, "is_block_kv_layout": True}
     fields |= {"tp_degree": request.tp_degree, "torch_dtype": torch.bfloat16, "logical_nc_config": 2}
     neuron_config = config_class.get_neuron_config_cls()(**fields | request.neuron_config)
     _check_names(request.neuron_config, neuron_config)
@@ -125,14 +130,32 @@ def _load_config(request: Request) -> Any:
 
 def _layer_inputs(request: Request, neuron_config: Any, cache: list[Tensor]) -> dict[str, Any]:
     batch, length = request.batch, request.length
-    new = length if request.phase == "prefill" else 1
+    is_prompt = request.phase == "prefill"
+    if neuron_config.is_block_kv_layout:
+        if not request.prefix:
+            raise GraphCostError(f"graph {request}: a layer does not read blocks, the model does; take part model")
+        cache = [torch.empty(batch, 1, request.prefix, tensor.shape[-1], dtype=tensor.dtype) for tensor in cache]
+    new = length if is_prompt else 1
     ranks = request.tp_degree if neuron_config.sequence_parallel_enabled else 1
-    shards = getattr(neuron_config, "kv_seq_shards", 1)
-    rows = -(-length // shards)
+    shards = _shards(neuron_config)
+    mask = (batch, request.prefix) if request.prefix else (batch, 1, new, -(-length // shards))
     inputs = {
         "hidden_states": torch.empty(batch, new // ranks, request.model.hidden_size, dtype=torch.bfloat16),
-        "attention_mask": torch.empty(batch, 1, new, rows, dtype=torch.bool),
+        "attention_mask": torch.empty(mask, dtype=torch.bool),
         "position_ids": torch.empty(batch, new, dtype=torch.int64),
-        "past_key_value": None if request.phase == "prefill" else [part[:, :, :rows] for part in cache],
+        "past_key_value": None if is_prompt and not request.prefix else _rows_read(cache, request, shards),
     }
-    return inputs | ({"shard_rank": torch.empty(1, dtype=torch.int32)} if shards > 1 else {})
+    if shards > 1 and not is_prompt:
+        inputs["shard_rank"] = torch.empty(1, dtype=torch.int32)
+    return inputs | {"is_for_context_encoding": True} if request.prefix else inputs
+
+
+def _rows_read(cache: list[Tensor], request: Request, shards: int) -> list[Tensor]:
+    """Of this rank; the cache of a rank that shares it has a row more."""
+    rows = -(-(request.prefix or request.length) // shards)
+    return [tensor[:, :, :rows] for tensor in cache]
+
+
+def _shards(neuron_config: Any) -> int:
+    """Other packages have no such field."""
+    return getattr(neuron_config, "kv_seq_shards", 1)

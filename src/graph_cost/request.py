@@ -18,7 +18,8 @@ class Request:
 
     part: attention, a decoder layer with a dense MLP (dense) or with experts (moe), or the whole model. length: of the
     prompt (prefill) or of the cache (decode). config: fields of a config.json. impl: folder that holds
-    modeling_deepseek.py, None for this package. neuron_config: further fields of the NeuronConfig.
+    modeling_deepseek.py, None for this package. neuron_config: further fields of the NeuronConfig. prefix: tokens of
+    the prompt that are cached ahead of `length`, in a cache in blocks.
     """
 
     part: str
@@ -29,9 +30,11 @@ class Request:
     config: dict[str, Any] = field(default_factory=dict)
     impl: str | None = None
     neuron_config: dict[str, Any] = field(default_factory=dict)
+    prefix: int = 0
 
     def __str__(self) -> str:
-        return f"{self.part} {self.phase} {self.length} {self.batch}"
+        behind = f" behind {self.prefix}" if self.prefix else ""
+        return f"{self.part} {self.phase} {self.length} {self.batch}{behind}"
 
     @cached_property
     def model(self) -> ModelConfig:
@@ -54,12 +57,17 @@ class Request:
 
     @classmethod
     def parse(cls, text: str, **fields: Any) -> "Request":
-        """From PART,PHASE,LENGTH,BATCH."""
+        """From PART,PHASE,LENGTH,BATCH, and ,PREFIX for a chunk of a prompt."""
         try:
-            part, phase, length, batch = text.split(",")
-            request = cls(part, phase, int(length), int(batch), **fields)
+            part, phase, *sizes = text.split(",")
+            length, batch, prefix = map(int, (*sizes, 0)[:3])
+            request = cls(part, phase, length, batch, **fields, prefix=prefix)
         except ValueError:
-            raise GraphCostError(f"graph {text!r} is not PART,PHASE,LENGTH,BATCH, such as moe,decode,4096,8") from None
+            raise GraphCostError(
+                f"graph {text!r} is not PART,PHASE,LENGTH,BATCH, such as moe,decode,4096,8, nor that and ,PREFIX"
+            ) from None
+        if len(sizes) > 3 or prefix < 0 or (prefix and phase != "prefill"):
+            raise GraphCostError(f"graph {text!r}: only a prompt has a PREFIX, tokens that are cached ahead of it")
         if part not in PARTS or phase not in PHASES or request.length < 1 or request.batch < 1:
             raise GraphCostError(
                 f"graph {text!r}: PART is one of {', '.join(PARTS)}, PHASE is prefill or decode, the rest are positive"

@@ -46,15 +46,17 @@ class ServingChecks:
 def check_features(vllm_config: Any) -> None:
     """Raises ConfigError for features of vLLM that the model does not have."""
     unsupported = {
-        "enable_prefix_caching": (
-            vllm_config.cache_config.enable_prefix_caching,
-            "the latent cache is not paged; pass --no-enable-prefix-caching",
+        "enable_prefix_caching without num_gpu_blocks_override": (
+            vllm_config.cache_config.enable_prefix_caching and not vllm_config.cache_config.num_gpu_blocks_override,
+            "vLLM may use more blocks than the model has; pass --num-gpu-blocks-override with at least max-num-seqs * "
+            "max-model-len / block-size, or --no-enable-prefix-caching",
         ),
         "enable_lora": (vllm_config.lora_config, "LoRA is not implemented; leave it off"),
         "speculative_config": (vllm_config.speculative_config, "speculation is not implemented; leave it unset"),
         _SCHEDULER_VARIABLE: (
             os.environ.get(_SCHEDULER_VARIABLE, "0") != "0",
-            "it stands for chunked prefill, which is not implemented; unset it",
+            "it stands for NxDI's chunked prefill, which does not run; unset it, and pass --enable-prefix-caching for "
+            "prompts in chunks of max_context_length",
         ),
     }
     for name, (asked, remedy) in unsupported.items():
@@ -65,8 +67,10 @@ def check_features(vllm_config: Any) -> None:
 def check_limits(vllm_config: Any) -> None:
     """Raises ConfigError when vLLM would send longer prompts or more sequences than the model is compiled for."""
     limits, where = _limits(vllm_config)
+    # In blocks, longer prompts run in chunks.
+    prompts = "max_length" if vllm_config.cache_config.enable_prefix_caching else "max_context_length"
     for name, value, field in (
-        ("max_model_len", vllm_config.model_config.max_model_len, "max_context_length"),
+        ("max_model_len", vllm_config.model_config.max_model_len, prompts),
         ("max_model_len", vllm_config.model_config.max_model_len, "seq_len"),
         ("max_num_seqs", vllm_config.scheduler_config.max_num_seqs, "batch_size"),
     ):

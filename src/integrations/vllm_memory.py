@@ -32,5 +32,12 @@ def check_memory_plan(vllm_config: Any, fixed: Mapping[str, Any]) -> None:
         dtype=dtype_name(model_config.dtype),
         lnc=fixed.get("logical_nc_config") or DEFAULT_LNC,
         kv_seq_shards=fixed.get("kv_seq_shards") or 1,
+        **_blocks(vllm_config.cache_config),
     )
     check_fits(load_model_config(model_config.model), shape, instance)
+
+
+def _blocks(cache_config: Any) -> dict[str, int]:
+    if not cache_config.enable_prefix_caching:
+        return {}
+    return {"pa_block_size": cache_config.block_size, "pa_num_blocks": cache_config.num_gpu_blocks_override or 0}

@@ -12,12 +12,12 @@ _SERVED = "compiled-vllm"
 
 
 def command_lines(config: ModelConfig, shape: CompiledShape, model_dir: str) -> dict[str, str]:
-    """Command lines by what they do. `serve` is left out where prompts are shorter than seq_len: vLLM sends prompts up
-    to its own limit. inference_demo is left out with kv_seq_shards, for which it has no option."""
+    """Command lines by what they do. `serve` is left out where prompts are shorter than seq_len and no chunks: vLLM
+    sends prompts up to its own limit. inference_demo is left out with kv_seq_shards, for which it has no option."""
     lines = {"shard": _shard(shape, model_dir, _COMPILED)}
     if shape.kv_seq_shards == 1:
         lines["inference_demo"] = _inference_demo(config, shape, model_dir)
-    if shape.prompt_length == shape.seq_len:
+    if shape.prompt_length == shape.seq_len or shape.pa_block_size:
         lines |= {"shard for vLLM": _shard(shape, model_dir, _SERVED), "vLLM": _vllm(shape, model_dir)}
     return lines
 
@@ -33,6 +33,9 @@ def _inference_demo(config: ModelConfig, shape: CompiledShape, model_dir: str) -
     words += ["--tp-degree", shape.tp_degree, "--logical-nc-config", shape.lnc, "--torch-dtype", shape.dtype]
     words += ["--batch-size", shape.batch_size, "--seq-len", shape.seq_len]
     words += ["--max-context-length", shape.prompt_length]
+    if shape.pa_block_size:
+        words += ["--enable-prefix-caching", "--enable-block-kv-layout"]
+        words += ["--pa-block-size", shape.pa_block_size, "--pa-num-blocks", shape.blocks]
     if shape.prompts != shape.batch_size:
         words += ["--is-continuous-batching", "--ctx-batch-size", shape.prompts]
     if shape.form.is_fp8:
@@ -48,8 +51,13 @@ def _vllm(shape: CompiledShape, model_dir: str) -> str:
     overrides |= {"weights": shape.form.name} if shape.form.is_fp8 else {}
     overrides |= {"kv_seq_shards": shape.kv_seq_shards} if shape.kv_seq_shards > 1 else {}
     words = ["vllm", "serve", model_dir, "--tensor-parallel-size", shape.tp_degree, "--max-model-len", shape.seq_len]
-    words += ["--max-num-seqs", shape.batch_size, "--no-enable-prefix-caching"]
-    words += ["--num-gpu-blocks-override", shape.batch_size]
+    words += ["--max-num-seqs", shape.batch_size]
+    if shape.pa_block_size:
+        overrides |= {"max_context_length": shape.prompt_length}
+        words += ["--enable-prefix-caching", "--block-size", shape.pa_block_size]
+        words += ["--num-gpu-blocks-override", shape.blocks]
+    else:
+        words += ["--no-enable-prefix-caching", "--num-gpu-blocks-override", shape.batch_size]
     words += ["--additional-config", json.dumps({"override_neuron_config": overrides})]
     return f"NEURON_COMPILED_ARTIFACTS={_SERVED} NEURON_LOGICAL_NC_CONFIG={shape.lnc} {_line(words)}"
 

@@ -39,7 +39,14 @@ def compiled_shape(neuron_config: Any) -> CompiledShape:
         dtype=dtype_name(neuron_config.torch_dtype),
         lnc=neuron_config.logical_nc_config or DEFAULT_LNC,
         kv_seq_shards=getattr(neuron_config, "kv_seq_shards", 1),
+        **_blocks(neuron_config),
     )
+
+
+def _blocks(neuron_config: Any) -> dict[str, int]:
+    names = ("pa_block_size", "pa_num_blocks")
+    is_paged = getattr(neuron_config, "is_block_kv_layout", False)
+    return {name: getattr(neuron_config, name) for name in names} if is_paged else {}
 
 
 def instance_here() -> Instance | None:

@@ -81,8 +81,8 @@ def _text_lines(plan: MemoryPlan) -> Iterator[str]:
     yield (
         f"{plan.model_type} on {instance.name}, LNC {shape.lnc}: tp_degree {shape.tp_degree}, weights "
         f"{shape.form.name}, batch_size {shape.batch_size}, seq_len {shape.seq_len}, kv_seq_shards "
-        f"{shape.kv_seq_shards}, prompts up to "
-        f"{shape.prompt_length}, {shape.prompts} at a time"
+        f"{shape.kv_seq_shards}, prompts {'in chunks of' if shape.pa_block_size else 'up to'} {shape.prompt_length}, "
+        f"{shape.prompts} at a time"
     )
     yield ""
     yield "GB on each rank"

@@ -14,21 +14,22 @@ _FLOAT32, _FLOAT64 = 4, 8
 
 
 def prompt_tensors(
-    config: ModelConfig, tp_degree: int, batch: int, length: int, dtype: str, form: WeightForm
+    config: ModelConfig, tp_degree: int, batch: int, length: int, dtype: str, form: WeightForm, prefix: int = 0
 ) -> dict[str, dict[str, int]]:
     """Bytes of the tensors of each step of a layer that live at one time, by step and name, for `batch` prompts of
-    `length` tokens. Steps whose layers the model lacks are left out."""
+    `length` tokens behind `prefix` cached ones, which are expanded with them. Steps whose layers the model lacks are left out."""
     item, tokens = BY_TORCH[dtype].item_bytes, batch * length
     hidden = tokens * config.hidden_size
     heads = batch * config.num_attention_heads // tp_degree or 1
-    scores = heads * _query_rows(length) * length
+    keys = prefix + length
+    scores = heads * _query_rows(length) * keys
     key = config.qk_nope_head_dim + config.qk_rope_head_dim
     steps = {
         "norm": {"input": hidden * item, "in float32": hidden * _FLOAT32},
         "attention": {
             "queries": heads * length * key * item,
-            "keys": heads * length * key * item,
-            "keys and values": heads * length * (config.qk_nope_head_dim + config.v_head_dim) * item,
+            "keys": heads * keys * key * item,
+            "keys and values": heads * keys * (config.qk_nope_head_dim + config.v_head_dim) * item,
             "scores": scores * _FLOAT32,
             "probabilities": scores * item,
             "output": hidden * item,

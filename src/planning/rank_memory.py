@@ -28,8 +28,10 @@ RUNTIME_RESERVE = 360 * 10**6
 class CompiledShape:
     """What a model is compiled for. Fields as NxDI's NeuronConfig names them.
 
-    max_context_length: of the longest prompt, seq_len if 0. ctx_batch_size: prompts at a time, batch_size if 0.
-    kv_seq_shards: adjacent ranks that share each sequence's cache.
+    max_context_length: of the longest prompt, or of a chunk of it where the cache is in blocks; seq_len if 0.
+    ctx_batch_size: prompts at a time, batch_size if 0. kv_seq_shards: adjacent ranks that share each sequence's cache.
+    pa_block_size: tokens of a block, 0 for an unpaged cache. pa_num_blocks: as many as batch_size sequences of seq_len
+    tokens need if 0.
     """
 
     tp_degree: int
@@ -41,6 +43,26 @@ class CompiledShape:
     dtype: str = "bfloat16"
     lnc: int = DEFAULT_LNC
     kv_seq_shards: int = 1
+    pa_block_size: int = 0
+    pa_num_blocks: int = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """On one rank, of all sequences together, with the place for what is not kept: a block, or where ranks share a
+        cache a row of each sequence."""
+        shards = self.kv_seq_shards
+        if self.pa_block_size:
+            return (self.blocks + 1) * (self.pa_block_size // shards)
+        return self.batch_size * (self.seq_len if shards == 1 else rows_of(self.seq_len, shards) + 1)
+
+    @property
+    def blocks(self) -> int:
+        return self.pa_num_blocks or self.batch_size * (self.seq_len // self.pa_block_size)
+
+    @property
+    def prefix_length(self) -> int:
+        """The most cached tokens ahead of a chunk of a prompt."""
+        return self.seq_len - self.prompt_length if self.pa_block_size else 0
 
     @property
     def prompt_length(self) -> int:
@@ -48,7 +70,7 @@ class CompiledShape:
 
     @property
     def prompts(self) -> int:
-        return min(self.ctx_batch_size or self.batch_size, self.batch_size)
+        return 1 if self.pa_block_size else min(self.ctx_batch_size or self.batch_size, self.batch_size)
 
     def with_(self, **fields: int) -> "CompiledShape":
         return replace(self, **fields)
@@ -83,9 +105,9 @@ def rank_memory(config: ModelConfig, shape: CompiledShape, instance: Instance) -
             f"tp_degree {shape.tp_degree}: {instance.name} has {cores} logical cores at LNC {shape.lnc}; "
             "choose a smaller tp_degree or a larger instance"
         )
-    check_divides(shape.kv_seq_shards, shape.tp_degree)
+    check_divides(shape.kv_seq_shards, shape.tp_degree, shape.pa_block_size)
     parts = dict(weight_bytes(config, shape.tp_degree, shape.dtype, shape.form))
-    parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.batch_size * _cache_rows(shape)
+    parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.cached_tokens
     parts["logits"] = _logit_bytes(config, shape)
     parts["prompt scratch"] = scratch_bytes(config, shape)
     parts["runtime reserve"] = RUNTIME_RESERVE
@@ -97,15 +119,10 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str) -> int:
     return config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * BY_TORCH[dtype].item_bytes
 
 
-def _cache_rows(shape: CompiledShape) -> int:
-    """Of one sequence on one rank. What is another rank's goes to a row of its own."""
-    shards = shape.kv_seq_shards
-    return shape.seq_len if shards == 1 else rows_of(shape.seq_len, shards) + 1
-
-
 def scratch_bytes(config: ModelConfig, shape: CompiledShape) -> int:
     """Of the longest prompt's graph, in whole pages."""
-    tensors = prompt_tensors(config, shape.tp_degree, shape.prompts, shape.prompt_length, shape.dtype, shape.form)
+    prompts = shape.prompts, shape.prompt_length
+    tensors = prompt_tensors(config, shape.tp_degree, *prompts, shape.dtype, shape.form, shape.prefix_length)
     return -(-activation_peak(tensors) // SCRATCH_PAGE) * SCRATCH_PAGE
 
 

@@ -164,6 +164,16 @@ def test_token_matching_fails_when_a_weight_is_changed(demo, damaged, expected_o
         demo(*arguments_for(damaged, tmp_path, *check("token-matching", expected_outputs)))
 
 
+@pytest.mark.parametrize("chunk", [(), ("--max-context-length", "8")], ids=["one shot", "chunks"])
+def test_logit_matching_of_a_cache_in_blocks(demo, checkpoint, tmp_path, chunk):
+    prompt = [*PROMPT, *range(30, 38)]
+    options = ("--enable-prefix-caching", "--enable-block-kv-layout", "--pa-block-size", "8", "--pa-num-blocks", "3")
+    checked = ("--check-accuracy-mode", "logit-matching", "--num-tokens-to-check", "6")
+    status, out, _ = demo(*arguments_for(checkpoint, tmp_path, *options, *chunk, *checked, prompts=(prompt,)))
+    assert status == 0
+    assert "All 6 tokens passed validation" in out
+
+
 def test_kimi_k2(demo, tmp_path):
     """transformers has no class for its model_type. Without expected outputs the judge is load_hf_model."""
     kimi = write_served_checkpoint(tmp_path / "kimi", model_type="kimi_k2", n_group=1, topk_group=1)
@@ -188,7 +198,7 @@ def test_fp8_experts(demo, checkpoint, tmp_path, weights):
     ("options", "message"),
     [
         (("--enable-lora",), "neuron_config: lora_config"),
-        (("--enable-prefix-caching", "--enable-block-kv-layout"), "neuron_config: is_prefix_caching=True"),
+        (("--enable-prefix-caching",), "neuron_config: is_prefix_caching without is_block_kv_layout"),
         (("--enable-chunked-prefill", "--enable-block-kv-layout"), "neuron_config: is_chunked_prefill=True"),
         (("--quantized", "--quantized-checkpoints-path", "q"), "neuron_config: quantized=True needs weights"),
         (("--enable-bucketing", "--context-encoding-buckets", "8", "16"), "context_encoding_buckets end at 16"),

@@ -29,6 +29,7 @@ from nxdi_deepseek.accuracy.reference import hugging_face_model  # noqa: E402
 from nxdi_deepseek.without_sdk.environment import cpu_environment  # noqa: E402
 from support.checkpoints import words, write_served_checkpoint  # noqa: E402
 from support.dequantized import parts_of, write_dequantized  # noqa: E402
+from support.models import random_prompts  # noqa: E402
 
 NEW_TOKENS = 12
 PROMPTS = [[5, 17, 42, 9, 88], [7], [100, 200, 300, 400, 500, 600, 700, 800, 900], [33, 44], [3] * 30]
@@ -135,6 +136,24 @@ def test_artifacts_are_used_again(tmp_path, checkpoint, expected):
     assert (tmp_path / "artifacts" / "neuron_config.json").read_text() == saved
 
 
+@pytest.mark.parametrize("lengths", [{}, {"max_context_length": 16}], ids=["in one piece", "in chunks of 16"])
+def test_prefix_caching(tmp_path, checkpoint, lengths):
+    """Prompts that begin alike: found blocks, from none to all of a prompt, change no token. Then from artifacts."""
+    (base,) = random_prompts((40,), vocab_size=900)
+    prompts = [base, base[:30] + [5, 6, 7], base[:24], base, [9], base[:16] + list(range(20, 50)), [*base, 3]]
+    model = hugging_face_model(checkpoint)
+    config = {"override_neuron_config": {"on_cpu": True} | lengths}
+    blocks = {"enable_prefix_caching": True, "block_size": 8, "num_gpu_blocks_override": 24}
+    artifacts = {"NEURON_COMPILED_ARTIFACTS": str(tmp_path / "artifacts")}
+    for _ in range(2):
+        tokens, log = run_offline(
+            tmp_path, engine(checkpoint, additional_config=config, **blocks), prompts, **artifacts
+        )
+        assert tokens == [generate(model, prompt) for prompt in prompts], log
+        assert json.loads((tmp_path / "tokens.cached").read_text()) == [0, 24, 16, 32, 0, 16, 40]
+        (tmp_path / "tokens.json").unlink()
+
+
 def test_kimi_k2(tmp_path):
     """Neither vLLM nor transformers knows this model_type and architecture."""
     kimi = write_served_checkpoint(
@@ -163,7 +182,7 @@ OVERRIDES = {"on_cpu": True, "seq_len": 64, "max_context_length": 32, "batch_siz
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"enable_prefix_caching": True}, "enable_prefix_caching is not supported for DeepSeek-V3 on Neuron; the"),
+        ({"enable_prefix_caching": True}, "enable_prefix_caching without num_gpu_blocks_override is not supported"),
         ({"enable_lora": True}, "enable_lora is not supported"),
         (
             {"additional_config": {"override_neuron_config": OVERRIDES}},
@@ -183,14 +202,20 @@ def test_what_cannot_work_stops_the_start(tmp_path, checkpoint, arguments, messa
     assert message in log
 
 
-@pytest.fixture(scope="module")
-def server(checkpoint, tmp_path_factory):
+CACHES = {
+    "unpaged": ["--no-enable-prefix-caching"],
+    "in blocks": ["--enable-prefix-caching", "--block-size", "8", "--num-gpu-blocks-override", "16"],
+}
+
+
+@pytest.fixture(scope="module", params=CACHES)
+def server(checkpoint, tmp_path_factory, request):
     """`vllm serve` on a free port: its address."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(pathlib.Path(PYTHON).with_name("vllm")), "serve", checkpoint, "--port", str(port)]
-    command += ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "2", "--no-enable-prefix-caching"]
+    command += ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "2", *CACHES[request.param]]
     command += ["--additional-config", '{"override_neuron_config": {"on_cpu": true}}']
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as file:

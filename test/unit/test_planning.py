@@ -243,3 +243,43 @@ def test_the_lines_of_a_config_alone_name_its_folder(tmp_path, capsys):
     assert main(["plan", str(tmp_path / "config.json"), "--format", "json"]) == 0
     for line in json.loads(capsys.readouterr().out)["commands"].values():
         assert str(tmp_path) in shlex.split(line)
+
+
+def test_blocks_hold_the_batch_and_one_more():
+    shape = CompiledShape(64, batch_size=8, seq_len=4096, max_context_length=2048, pa_block_size=32)
+    assert rank_memory(MODEL, shape, TRN2).parts["cache"] == (8 * 4096 + 32) * 70272
+    larger = CompiledShape(64, batch_size=8, seq_len=4096, pa_block_size=32, pa_num_blocks=2048)
+    assert rank_memory(MODEL, larger, TRN2).parts["cache"] == 2049 * 32 * 70272
+
+
+def test_chunks_bound_the_scratch_of_long_prompts():
+    """Of 128 thousand tokens at once, the hidden states alone would take 1.9 GB."""
+    at_once = CompiledShape(64, seq_len=131072, form=FP8)
+    in_chunks = CompiledShape(64, seq_len=131072, max_context_length=2048, pa_block_size=32, form=FP8)
+    assert not rank_memory(MODEL, at_once, TRN2).fits
+    assert rank_memory(MODEL, in_chunks, TRN2).fits
+    assert rank_memory(MODEL, in_chunks, TRN2).parts["prompt scratch"] == 3 * SCRATCH_PAGE
+
+
+BLOCKS = ("--seq-len", "4096", "--max-context-length", "1024", "--block-size", "32")
+
+
+def test_the_lines_of_a_cache_in_blocks(config_json, capsys):
+    assert main(["plan", config_json, "--weights", "fp8", *BLOCKS, "--batch-size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "prompts in chunks of 1024" in out
+    assert "--enable-prefix-caching --enable-block-kv-layout --pa-block-size 32 --pa-num-blocks 256" in out
+    assert "--enable-prefix-caching --block-size 32 --num-gpu-blocks-override 256" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num-blocks", "4"), "--num-blocks needs --block-size"),
+        (("--block-size", "48"), "--seq-len 512 is no multiple of --block-size 48"),
+        ((*BLOCKS, "--num-blocks", "127"), "--num-blocks 127 cannot hold 1 sequences of 4096 tokens; raise it to 128"),
+    ],
+)
+def test_bad_blocks_are_told_in_one_line(config_json, capsys, arguments, message):
+    assert main(["plan", config_json, *arguments]) == 2
+    assert message in capsys.readouterr().err

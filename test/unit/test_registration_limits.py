@@ -12,7 +12,10 @@ def vllm_config(max_model_len=64, max_num_seqs=4, overrides=None, **features):
     return SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=max_model_len),
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
-        cache_config=SimpleNamespace(enable_prefix_caching=features.get("enable_prefix_caching", False)),
+        cache_config=SimpleNamespace(
+            enable_prefix_caching=features.get("enable_prefix_caching", False),
+            num_gpu_blocks_override=features.get("num_gpu_blocks_override"),
+        ),
         lora_config=features.get("lora_config"),
         speculative_config=features.get("speculative_config"),
         additional_config={"override_neuron_config": overrides} if overrides else {},
@@ -35,9 +38,15 @@ def test_defaults_pass():
     ("name", "value"), [("enable_prefix_caching", True), ("lora_config", object()), ("speculative_config", object())]
 )
 def test_features(name, value):
-    field = {"lora_config": "enable_lora"}.get(name, name)
+    field = {"lora_config": "enable_lora", "enable_prefix_caching": "num_gpu_blocks_override"}.get(name, name)
     with pytest.raises(ConfigError, match=f"{field} is not supported .*; .*(pass|leave)"):
         check_features(vllm_config(**{name: value}))
+
+
+def test_prefix_caching_takes_longer_prompts_than_a_chunk():
+    blocks = {"enable_prefix_caching": True, "num_gpu_blocks_override": 32}
+    check_features(vllm_config(**blocks))
+    check_limits(vllm_config(overrides={"max_context_length": 16}, **blocks))
 
 
 def test_chunked_prefill(monkeypatch):
