@@ -30,13 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=positive_int, default=512, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--max-context-length", type=positive_int, help="of the longest prompt; seq-len if not given")
     parser.add_argument("--ctx-batch-size", type=positive_int, help="prompts at a time; batch-size if not given")
+<<<<<<< HEAD
+=======
+    add_kv_seq_shards(parser)
+>>>>>>> shards
     parser.add_argument(
         "--block-size", type=positive_int, help="tokens of a block: a cache in blocks, and prompts in chunks"
     )
     parser.add_argument("--num-blocks", type=positive_int, help="blocks; what batch-size and seq-len need if not given")
+<<<<<<< HEAD
     add_kv_seq_shards(parser)
     parser.add_argument("--speculation", choices=(MTP,), help="with the MTP layer as a draft beside the model")
     parser.add_argument("--acceptance", type=probability, default=ACCEPTANCE, help="of drafted tokens (%(default)s)")
+=======
+>>>>>>> shards
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--png", type=file_name, metavar="FILE", help="a picture too; needs matplotlib")
 
@@ -68,7 +75,7 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
     degrees = list(possible_tp_degrees(config, instance.logical_cores(args.lnc)))
     tp_degree, shards = args.tp_degree or max(degrees), args.kv_seq_shards
     if shards == AUTO:
-        shards = fastest_shards(config, tp_degree, args.batch_size, args.seq_len)
+        shards = fastest_shards(config, tp_degree, args.batch_size, args.seq_len, block_size=args.block_size or 0)
     return CompiledShape(
         tp_degree=tp_degree,
         batch_size=args.batch_size,
@@ -77,10 +84,16 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
         ctx_batch_size=args.ctx_batch_size or 0,
         form=weight_form(args.weights),
         lnc=args.lnc,
+<<<<<<< HEAD
         pa_block_size=args.block_size or 0,
         pa_num_blocks=args.num_blocks or 0,
         kv_seq_shards=shards,
         speculation_length=_speculation_length(args, config),
+=======
+        kv_seq_shards=shards,
+        pa_block_size=args.block_size or 0,
+        pa_num_blocks=args.num_blocks or 0,
+>>>>>>> shards
     )
 
 

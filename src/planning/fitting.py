@@ -59,7 +59,7 @@ def nearest_that_fits(config: ModelConfig, shape: CompiledShape, instance: Insta
             lambda n: _fits(config, shape.with_(max_context_length=n * STEP), instance),
         )
         found += [f"max_context_length {shorter * STEP}"] if shorter else []
-    wider = (n for n in possible_shards(shape.tp_degree) if n > shape.kv_seq_shards)
+    wider = (n for n in possible_shards(shape.tp_degree, shape.pa_block_size) if n > shape.kv_seq_shards)
     found += [f"kv_seq_shards {n}" for n in wider if _fits(config, shape.with_(kv_seq_shards=n), instance)][:1]
     forms = (form for form in FORMS.values() if form is not shape.form)
     found += [f"weights {form.name}" for form in forms if _fits(config, shape.with_(form=form), instance)]

@@ -38,15 +38,21 @@ def compiled_shape(neuron_config: Any) -> CompiledShape:
         form=weight_form(getattr(neuron_config, "weights", BF16.name)),
         dtype=dtype_name(neuron_config.torch_dtype),
         lnc=neuron_config.logical_nc_config or DEFAULT_LNC,
+<<<<<<< HEAD
         **_blocks(neuron_config),
         kv_seq_shards=getattr(neuron_config, "kv_seq_shards", 1),
         speculation_length=getattr(neuron_config, "speculation_length", 0),
+=======
+        kv_seq_shards=getattr(neuron_config, "kv_seq_shards", 1),
+        **_blocks(neuron_config),
+>>>>>>> shards
     )
 
 
 def _blocks(neuron_config: Any) -> dict[str, int]:
     names = ("pa_block_size", "pa_num_blocks")
-    return {name: getattr(neuron_config, name) for name in names} if neuron_config.is_block_kv_layout else {}
+    is_paged = getattr(neuron_config, "is_block_kv_layout", False)
+    return {name: getattr(neuron_config, name) for name in names} if is_paged else {}
 
 
 def instance_here() -> Instance | None:

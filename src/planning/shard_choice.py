@@ -6,8 +6,6 @@ bandwidth and does not overlap with a collective, and a collective has the same 
 where the group is one chip.
 """
 
-from collections.abc import Iterator
-
 from ..dtypes import BY_TORCH
 from ..errors import ConfigError
 from ..graph_cost.time_model import Machine
@@ -18,16 +16,17 @@ AUTO = "auto"
 _FLOAT32_BYTES = 4
 
 
-def possible_shards(tp_degree: int) -> Iterator[int]:
-    return (shards for shards in SHARDS if tp_degree % shards == 0)
+def possible_shards(tp_degree: int, block_size: int = 0) -> list[int]:
+    """block_size: tokens of a block, 0 for an unpaged cache."""
+    return [shards for shards in SHARDS if tp_degree % shards == block_size % shards == 0]
 
 
-def check_divides(shards: int, tp_degree: int) -> None:
-    """Raises ConfigError where groups of `shards` ranks would be uneven."""
-    if tp_degree % shards:
-        raise ConfigError(
-            f"kv_seq_shards {shards} does not divide tp_degree {tp_degree}; use {_words(possible_shards(tp_degree))}"
-        )
+def check_divides(shards: int, tp_degree: int, block_size: int = 0) -> None:
+    """Raises ConfigError where groups of `shards` ranks, or their parts of a block, would be uneven."""
+    for name, size in (("tp_degree", tp_degree), ("the block size", block_size)):
+        if size % shards:
+            possible = " or ".join(map(str, possible_shards(tp_degree, block_size)))
+            raise ConfigError(f"kv_seq_shards {shards} does not divide {name} {size}; use {possible}")
 
 
 def fastest_shards(
@@ -37,11 +36,12 @@ def fastest_shards(
     length: int,
     machine: Machine | None = None,
     dtype: str = "bfloat16",
+    block_size: int = 0,
 ) -> int:
     """The number that step_seconds is smallest for, the smaller of two alike. length: tokens of each sequence."""
     machine = machine or Machine()
     return min(
-        possible_shards(tp_degree),
+        possible_shards(tp_degree, block_size),
         key=lambda shards: step_seconds(config, tp_degree, shards, batch, length, machine, dtype),
     )
 
@@ -66,7 +66,3 @@ def _payloads(config: ModelConfig, tp_degree: int, shards: int, batch: int, dtyp
         shards * queries * _FLOAT32_BYTES,
         queries * config.kv_lora_rank * _FLOAT32_BYTES,
     ]
-
-
-def _words(numbers: Iterator[int]) -> str:
-    return " or ".join(map(str, numbers))

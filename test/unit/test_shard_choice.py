@@ -50,6 +50,14 @@ def test_a_rank_holds_its_rows_and_one_more():
     assert found == {1: 70272 * 3 * 1000, 4: 70272 * 3 * 251, 64: 70272 * 3 * 17}
 
 
+def test_a_rank_holds_its_part_of_every_block():
+    shape = CompiledShape(64, batch_size=2, seq_len=1024, pa_block_size=64, kv_seq_shards=16)
+    parts = rank_memory(MODEL, shape, INSTANCES["trn2.48xlarge"]).parts
+    assert parts["cache"] == 70272 * (2 * 1024 // 64 + 1) * 64 // 16
+    with pytest.raises(ConfigError, match="kv_seq_shards 16 does not divide the block size 24; use 1 or 4$"):
+        rank_memory(MODEL, shape.with_(pa_block_size=24), INSTANCES["trn2.48xlarge"])
+
+
 @pytest.fixture
 def config_json(tmp_path):
     path = tmp_path / "config.json"
