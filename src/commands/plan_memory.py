@@ -30,20 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=positive_int, default=512, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--max-context-length", type=positive_int, help="of the longest prompt; seq-len if not given")
     parser.add_argument("--ctx-batch-size", type=positive_int, help="prompts at a time; batch-size if not given")
-<<<<<<< HEAD
-=======
-    add_kv_seq_shards(parser)
->>>>>>> shards
     parser.add_argument(
         "--block-size", type=positive_int, help="tokens of a block: a cache in blocks, and prompts in chunks"
     )
     parser.add_argument("--num-blocks", type=positive_int, help="blocks; what batch-size and seq-len need if not given")
-<<<<<<< HEAD
     add_kv_seq_shards(parser)
     parser.add_argument("--speculation", choices=(MTP,), help="with the MTP layer as a draft beside the model")
     parser.add_argument("--acceptance", type=probability, default=ACCEPTANCE, help="of drafted tokens (%(default)s)")
-=======
->>>>>>> shards
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.add_argument("--png", type=file_name, metavar="FILE", help="a picture too; needs matplotlib")
 
@@ -84,16 +77,10 @@ def _shape(args: argparse.Namespace, config: ModelConfig, instance: Instance) ->
         ctx_batch_size=args.ctx_batch_size or 0,
         form=weight_form(args.weights),
         lnc=args.lnc,
-<<<<<<< HEAD
         pa_block_size=args.block_size or 0,
         pa_num_blocks=args.num_blocks or 0,
         kv_seq_shards=shards,
         speculation_length=_speculation_length(args, config),
-=======
-        kv_seq_shards=shards,
-        pa_block_size=args.block_size or 0,
-        pa_num_blocks=args.num_blocks or 0,
->>>>>>> shards
     )
 
 

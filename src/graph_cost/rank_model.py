@@ -42,25 +42,14 @@ class Part(nn.Module):
             model = model.layers[layer].self_attn if request.part == "attention" else model.layers[layer]
             self.inputs = _layer_inputs(request, instance.config.neuron_config, caches)
         self.module = model
-<<<<<<< HEAD
-        # Of one sequence on one rank, which holds a part of each where kv_seq_shards deals them out.
-        self.kv_bytes_per_token = sum(cache.nbytes for cache in caches) // _cached_tokens(request, instance, caches)
-=======
         row_bytes = sum(cache.nbytes * cache.shape[-1] // cache.numel() for cache in caches)
         self.kv_bytes_per_token = row_bytes // _shards(instance.config.neuron_config)
->>>>>>> shards
 
     def forward(self, *args: Any, **inputs: Any) -> list[Tensor]:
         outputs = self.module(*args, **inputs)
         if isinstance(outputs, list):  # the model's: logits and the updated caches
             return outputs
         return [outputs[0], *outputs[1]]
-
-
-def _cached_tokens(request: Request, instance: Any, caches: list[Tensor]) -> int:
-    if instance.config.neuron_config.is_block_kv_layout:
-        return caches[0].shape[0] * instance.config.neuron_config.pa_block_size
-    return request.batch * request.length
 
 
 def model_instance(app: NeuronBaseForCausalLM, phase: str, bucket: int = 0) -> tuple[Any, dict[str, Any]]:
@@ -157,28 +146,14 @@ def _layer_inputs(request: Request, neuron_config: Any, cache: list[Tensor]) -> 
         cache = [torch.empty(batch, 1, request.prefix, tensor.shape[-1], dtype=tensor.dtype) for tensor in cache]
     new = length if is_prompt else 1
     ranks = request.tp_degree if neuron_config.sequence_parallel_enabled else 1
-<<<<<<< HEAD
-    shards = getattr(neuron_config, "kv_seq_shards", 1)
-    rows = -(-length // shards)
-    if request.prefix:
-        mask: tuple[int, ...] = (batch, request.prefix)
-    else:
-        mask, cache = (batch, 1, new, rows), [part[:, :, :rows] for part in cache]
-=======
     shards = _shards(neuron_config)
     mask = (batch, request.prefix) if request.prefix else (batch, 1, new, -(-length // shards))
->>>>>>> shards
     inputs = {
         "hidden_states": torch.empty(batch, new // ranks, request.model.hidden_size, dtype=torch.bfloat16),
         "attention_mask": torch.empty(mask, dtype=torch.bool),
         "position_ids": torch.empty(batch, new, dtype=torch.int64),
         "past_key_value": None if is_prompt and not request.prefix else _rows_read(cache, request, shards),
     }
-<<<<<<< HEAD
-    if request.prefix:
-        inputs["is_for_context_encoding"] = True
-    return inputs | ({"shard_rank": torch.empty(1, dtype=torch.int32)} if shards > 1 else {})
-=======
     if shards > 1 and not is_prompt:
         inputs["shard_rank"] = torch.empty(1, dtype=torch.int32)
     return inputs | {"is_for_context_encoding": True} if request.prefix else inputs
@@ -193,4 +168,3 @@ def _rows_read(cache: list[Tensor], request: Request, shards: int) -> list[Tenso
 def _shards(neuron_config: Any) -> int:
     """Other packages have no such field."""
     return getattr(neuron_config, "kv_seq_shards", 1)
->>>>>>> shards

@@ -31,13 +31,8 @@ def check_memory_plan(vllm_config: Any, fixed: Mapping[str, Any]) -> None:
         form=weight_form(fixed.get("weights") or BF16.name),
         dtype=dtype_name(model_config.dtype),
         lnc=fixed.get("logical_nc_config") or DEFAULT_LNC,
-<<<<<<< HEAD
         **_blocks(vllm_config.cache_config),
         kv_seq_shards=fixed.get("kv_seq_shards") or 1,
-=======
-        kv_seq_shards=fixed.get("kv_seq_shards") or 1,
-        **_blocks(vllm_config.cache_config),
->>>>>>> shards
     )
     check_fits(load_model_config(model_config.model), shape, instance)
 

@@ -18,12 +18,8 @@ def command_lines(config: ModelConfig, shape: CompiledShape, model_dir: str) -> 
     lines = {"shard": _shard(shape, model_dir, _COMPILED)}
     if shape.kv_seq_shards == 1:
         lines["inference_demo"] = _inference_demo(config, shape, model_dir)
-<<<<<<< HEAD
     whole_prompts = shape.prompt_length == shape.seq_len or shape.pa_block_size
     if whole_prompts and not shape.speculation_length:  # vLLM's plugin takes no MTP draft
-=======
-    if shape.prompt_length == shape.seq_len or shape.pa_block_size:
->>>>>>> shards
         lines |= {"shard for vLLM": _shard(shape, model_dir, _SERVED), "vLLM": _vllm(shape, model_dir)}
     return lines
 

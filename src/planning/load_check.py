@@ -38,14 +38,9 @@ def compiled_shape(neuron_config: Any) -> CompiledShape:
         form=weight_form(getattr(neuron_config, "weights", BF16.name)),
         dtype=dtype_name(neuron_config.torch_dtype),
         lnc=neuron_config.logical_nc_config or DEFAULT_LNC,
-<<<<<<< HEAD
         **_blocks(neuron_config),
         kv_seq_shards=getattr(neuron_config, "kv_seq_shards", 1),
         speculation_length=getattr(neuron_config, "speculation_length", 0),
-=======
-        kv_seq_shards=getattr(neuron_config, "kv_seq_shards", 1),
-        **_blocks(neuron_config),
->>>>>>> shards
     )
 
 

@@ -30,15 +30,9 @@ class CompiledShape:
     """What a model is compiled for. Fields as NxDI's NeuronConfig names them.
 
     max_context_length: of the longest prompt, or of a chunk of it where the cache is in blocks; seq_len if 0.
-<<<<<<< HEAD
     ctx_batch_size: prompts at a time, batch_size if 0. pa_block_size: tokens of a block, 0 for an unpaged cache.
     pa_num_blocks: as many as batch_size sequences of seq_len tokens need if 0. kv_seq_shards: adjacent ranks that share
     each sequence's cache. speculation_length: tokens that a step drafts and verifies with the MTP layer, 0 without.
-=======
-    ctx_batch_size: prompts at a time, batch_size if 0. kv_seq_shards: adjacent ranks that share each sequence's cache.
-    pa_block_size: tokens of a block, 0 for an unpaged cache. pa_num_blocks: as many as batch_size sequences of seq_len
-    tokens need if 0.
->>>>>>> shards
     """
 
     tp_degree: int
@@ -49,31 +43,18 @@ class CompiledShape:
     form: WeightForm = BF16
     dtype: str = "bfloat16"
     lnc: int = DEFAULT_LNC
-<<<<<<< HEAD
-=======
-    kv_seq_shards: int = 1
->>>>>>> shards
     pa_block_size: int = 0
     pa_num_blocks: int = 0
     kv_seq_shards: int = 1
     speculation_length: int = 0
 
     @property
-<<<<<<< HEAD
     def cached_rows(self) -> int:
         """Of all sequences together, on one rank. Blocks have one more, sequences that are split over ranks one row
         each, that takes what is not kept."""
         shards = self.kv_seq_shards
         if self.pa_block_size:
             return (self.blocks + 1) * self.pa_block_size // shards
-=======
-    def cached_tokens(self) -> int:
-        """On one rank, of all sequences together, with the place for what is not kept: a block, or where ranks share a
-        cache a row of each sequence."""
-        shards = self.kv_seq_shards
-        if self.pa_block_size:
-            return (self.blocks + 1) * (self.pa_block_size // shards)
->>>>>>> shards
         return self.batch_size * (self.seq_len if shards == 1 else rows_of(self.seq_len, shards) + 1)
 
     @property
@@ -128,13 +109,9 @@ def rank_memory(config: ModelConfig, shape: CompiledShape, instance: Instance) -
         )
     check_divides(shape.kv_seq_shards, shape.tp_degree, shape.pa_block_size)
     parts = dict(weight_bytes(config, shape.tp_degree, shape.dtype, shape.form))
-<<<<<<< HEAD
     parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.cached_rows
     if shape.speculation_length:
         parts["MTP draft"] = _draft_bytes(config, shape)
-=======
-    parts["cache"] = cache_bytes_per_token(config, shape.dtype) * shape.cached_tokens
->>>>>>> shards
     parts["logits"] = _logit_bytes(config, shape)
     parts["prompt scratch"] = scratch_bytes(config, shape)
     parts["runtime reserve"] = RUNTIME_RESERVE
@@ -147,7 +124,6 @@ def _draft_bytes(config: ModelConfig, shape: CompiledShape) -> int:
     return weights + cache_bytes_per_token(config, shape.dtype, 1) * shape.cached_rows
 
 
-<<<<<<< HEAD
 def cache_bytes_per_token(config: ModelConfig, dtype: str, layers: int | None = None) -> int:
     """Of one sequence on a rank that holds it: the latent and the rotary key of all layers, or of so many."""
     return (
@@ -157,8 +133,6 @@ def cache_bytes_per_token(config: ModelConfig, dtype: str, layers: int | None = 
     )
 
 
-=======
->>>>>>> shards
 def scratch_bytes(config: ModelConfig, shape: CompiledShape) -> int:
     """Of the longest prompt's graph, in whole pages."""
     prompts = shape.prompts, shape.prompt_length
