@@ -48,10 +48,13 @@ def on_rank(model_dir, cases):
     return found
 
 
-def case(shards, lengths=PROMPTS, vocab=256, tp_degree=4, **neuron):
-    """shards: numbers to compare with a whole cache on each rank."""
+def case(shards, lengths=PROMPTS, vocab=256, tp_degree=4, shared=0, **neuron):
+    """shards: numbers to compare with a whole cache on each rank. shared: tokens with which all prompts begin that are
+    longer."""
+    prompts = random_prompts(lengths, vocab)
+    prompts = [prompts[0][:shared] + prompt[shared:] if len(prompt) > shared else prompt for prompt in prompts]
     tokens = torch.tensor(random_prompts([len(lengths)] * STEPS, vocab, seed=1))
-    return shards, random_prompts(lengths, vocab), tokens, neuron | {"tp_degree": tp_degree}
+    return shards, prompts, tokens, neuron | {"tp_degree": tp_degree}
 
 
 def run_ranks(model_dir, cases, tp_degree=4):
@@ -80,9 +83,9 @@ CASES = {
         **ONE_BY_ONE,
     ),
     "sequence parallelism": case((4,), sequence_parallel_enabled=True, seq_len=64, **ONE_BY_ONE),
-    # Prompts in chunks of 16 tokens, one of them shorter than the group.
-    "pool of blocks": case((2, 4), (33, 2, 17, 1), seq_len=64, **PAGED),
-    "gathered blocks": case((2, 4), (33, 2, 17, 1), seq_len=64, pa_num_blocks=60, **PAGED),
+    # Prompts in chunks of 16 tokens, a beginning that is found in the cache, and prompts shorter than the group.
+    "pool of blocks": case((2, 4), (33, 2, 29, 1), shared=18, seq_len=64, **PAGED),
+    "gathered blocks": case((2, 4), (33, 2, 29, 1), shared=18, seq_len=64, pa_num_blocks=60, **PAGED),
 }
 
 
