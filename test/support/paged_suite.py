@@ -184,6 +184,15 @@ def test_the_smallest_pool_evicts_and_never_forgets(model_dir, expected):
     assert 0 < model.paged.reused < 64 + 32 + 64
 
 
+@pytest.mark.parametrize("weights", ["fp8", "fp8-block"])
+def test_fp8_experts_in_chunks_equal_one_shot(model_dir, weights):
+    prompts = shared_beginnings((70, 50), 40)
+    fp8 = {"batch_size": 2, "weights": weights}
+    _, ours = greedy(load_model(model_dir, **fp8, **CHUNKS), prompts, 8)
+    _, wanted = greedy(load_model(model_dir, **fp8), prompts, 8)
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=TOLERANCE)
+
+
 class Tables:
     """A caller with tables of its own, as vLLM's plugin: blocks in any order, from 1 on, padded to the longest."""
 

@@ -83,6 +83,11 @@ def vllm_config(model, **fields):
         model_config=SimpleNamespace(model=model, max_model_len=shape["max_model_len"], dtype=torch.bfloat16),
         scheduler_config=SimpleNamespace(max_num_seqs=shape["max_num_seqs"]),
         parallel_config=SimpleNamespace(tensor_parallel_size=shape["tensor_parallel_size"]),
+        cache_config=SimpleNamespace(
+            enable_prefix_caching=bool(shape.get("block_size")),
+            block_size=shape.get("block_size"),
+            num_gpu_blocks_override=shape.get("num_gpu_blocks_override"),
+        ),
     )
 
 
@@ -95,6 +100,11 @@ def test_vllm_refuses_what_does_not_load(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="seq_len 65536, weights bf16: .*; use seq_len "):
         check_memory_plan(long, {})
     check_memory_plan(long, {"on_cpu": True})
+    blocks = {"block_size": 64, "num_gpu_blocks_override": 2048}
+    in_chunks = vllm_config(str(tmp_path), max_model_len=131072, **blocks)
+    check_memory_plan(in_chunks, {"max_context_length": 2048, "weights": "fp8"})
+    with pytest.raises(ConfigError, match="seq_len 131072, weights fp8"):
+        check_memory_plan(in_chunks, {"weights": "fp8"})  # all at once
     check_memory_plan(vllm_config("deepseek-ai/DeepSeek-V3", max_model_len=65536), {})
     with pytest.raises(ConfigError, match="seq_len 65536"):
         check_memory_plan(vllm_config(str(tmp_path)), {"seq_len": 65536})

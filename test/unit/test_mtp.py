@@ -119,6 +119,18 @@ def test_the_eight_goldens_are_generated(tiny, goldens):
     assert counts.tokens_per_step == pytest.approx(1 + counts.acceptance)
 
 
+@pytest.mark.parametrize("weights", ["fp8", "fp8-block"])
+def test_fp8_experts_draft_and_verify(half, weights):
+    """The draft's experts are of the same form."""
+    folder, _ = half
+    ids, mask = right_pad(PROMPTS, load_config(folder))
+    options = {"attention_mask": mask, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    plain = adapter_of(load_model(folder, batch_size=len(PROMPTS), weights=weights)).generate(ids, **options)
+    drafting = adapter_of(load(folder, weights=weights))
+    assert torch.equal(drafting.generate(ids, speculation="mtp", **options), plain)
+    assert drafting.speculation_counts.accepted > 0
+
+
 def test_generation_stops_and_streams_as_without_speculation(tiny, goldens):
     """Rows end at a stop token at different steps, and a processor looks at the tokens so far."""
     prompts = goldens.prompts[:3]
