@@ -92,7 +92,7 @@ class CheckedGenerationMixin(GenerationMixin):
             plain = {"synced_gpus": synced_gpus, "streamer": streamer, **model_kwargs}
             return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **plain)
         mask, config = model_kwargs["attention_mask"], self.neuron_model.neuron_config
-        speculator = self._speculator(TokenChoice(logits_processor, generation_config.do_sample))
+        speculator = self._speculator(TokenChoice(logits_processor, generation_config.do_sample, len(input_ids)))
         check_room(mask, generation_config.max_length - input_ids.shape[1], speculator.drafted, config.max_length)
         sequences, self.speculation_counts = speculate(
             speculator, input_ids, mask, stopping_criteria, generation_config, streamer

@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class TokenChoice:
-    """processors: what is applied to logits, called as processor(tokens so far [1, n], logits [1, vocab])."""
+    """processors: what is applied to logits, called as processor(tokens so far [B, n], logits [B, vocab]). batch: B."""
 
-    def __init__(self, processors: Sequence[Callable[[Tensor, Tensor], Tensor]], do_sample: bool):
-        self._processors, self._do_sample = list(processors), do_sample
+    def __init__(self, processors: Sequence[Callable[[Tensor, Tensor], Tensor]], do_sample: bool, batch: int = 1):
+        self._processors, self._do_sample, self._batch = list(processors), do_sample, batch
 
     @property
     def is_greedy(self) -> bool:
@@ -64,12 +64,15 @@ class TokenChoice:
     def _processed(self, known: list[Tensor], logits: Tensor) -> Tensor:
         if not self._processors:
             return logits
-        return torch.cat([self._row(tokens[None], row[None]) for tokens, row in zip(known, logits, strict=True)])
+        return torch.stack([self._row(i, tokens, logits[i]) for i, tokens in enumerate(known)])
 
-    def _row(self, tokens: Tensor, scores: Tensor) -> Tensor:
+    def _row(self, i: int, tokens: Tensor, scores: Tensor) -> Tensor:
+        """Scores [vocab] of row i of the batch. Rows differ in length and processors may keep something for each, so
+        that a batch is made of the one."""
+        tokens, scores = (tensor.expand(self._batch, -1) for tensor in (tokens, scores))
         for process in self._processors:
             scores = process(tokens, scores)
-        return scores
+        return scores[i]
 
 
 def _drawn(weights: Tensor) -> Tensor:

@@ -16,7 +16,11 @@ class ReferenceMTP:
             prefix, hf_config = f"model.layers.{config.num_hidden_layers}.", hugging_face_config(checkpoint)
             self._eps = config.rms_norm_eps
             layer_class = judge_class(config, "DecoderLayer")
-            self._layer = weights.load(lambda: layer_class(hf_config, config.num_hidden_layers), prefix)
+            with torch.device("meta"):
+                self._layer = layer_class(hf_config, config.num_hidden_layers)
+            tensors = {name: _tensor(weights, prefix, name, config) for name in self._layer.state_dict()}
+            self._layer.load_state_dict(tensors, assign=True)
+            self._layer.eval()
             names = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
             self._own = {name: weights.get(f"{prefix}{name}.weight") for name in names}
 
@@ -58,3 +62,12 @@ class ReferenceMTP:
 
     def _norm(self, name, x):
         return rms_norm(x, x.shape[-1:], self._own[name], self._eps)
+
+
+def _tensor(weights, prefix, name, config):
+    """transformers 5 has one tensor for the experts of a layer."""
+    fused = {"mlp.experts.gate_up_proj": ("gate_proj", "up_proj"), "mlp.experts.down_proj": ("down_proj",)}
+    if name not in fused:
+        return weights.get(prefix + name)
+    experts = (f"{prefix}mlp.experts.{expert}." for expert in range(config.n_routed_experts))
+    return torch.stack([torch.cat([weights.get(f"{e}{kind}.weight") for kind in fused[name]]) for e in experts])

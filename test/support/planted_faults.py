@@ -2,6 +2,7 @@
 
 import torch
 from nxdi_deepseek import modeling_deepseek
+from nxdi_deepseek import router as router_module
 from nxdi_deepseek.accuracy.runner import decoder_modules
 from nxdi_deepseek.modeling_deepseek import DeepseekV3Attention
 from nxdi_deepseek.rope_util import DeepseekV3RotaryEmbedding
@@ -30,7 +31,7 @@ def router_bias_in_bfloat16(monkeypatch, model):
 
 
 def masked_groups_as_zero(monkeypatch, model):
-    select = modeling_deepseek.select_experts
+    select = router_module.select_experts
 
     def select_with_zero(scores, bias, top_k, n_group, topk_group, grouping):
         # With -inf, all experts of the chosen groups in their order; the ruled-out ones then get the score 0.
@@ -38,7 +39,7 @@ def masked_groups_as_zero(monkeypatch, model):
         choice = torch.zeros_like(scores).scatter(-1, eligible, (scores + bias).gather(-1, eligible))
         return choice.topk(top_k, dim=-1).indices
 
-    monkeypatch.setattr(modeling_deepseek, "select_experts", select_with_zero)
+    monkeypatch.setattr(router_module, "select_experts", select_with_zero)
 
 
 def kv_b_split_at_v_head_dim(monkeypatch, model):
