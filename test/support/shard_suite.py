@@ -85,6 +85,7 @@ CASES = {
     "sequence parallelism": case((4,), sequence_parallel_enabled=True, seq_len=64, **ONE_BY_ONE),
     # Prompts in chunks of 16 tokens, a beginning that is found in the cache, and prompts shorter than the group.
     "pool of blocks": case((2, 4), (33, 2, 29, 1), shared=18, seq_len=64, **PAGED),
+    "FP8 experts": case((4,), (33, 2, 29, 1), shared=18, seq_len=64, weights="fp8", **PAGED),
     "gathered blocks": case((2, 4), (33, 2, 29, 1), shared=18, seq_len=64, pa_num_blocks=60, **PAGED),
 }
 
