@@ -9,7 +9,7 @@ GRAPH_TIMEOUT ?= 900
 WITHOUT_TRANSFORMERS := sharder* checkpoint_checks mutated_files one_verdict rank_file_identity parallel planning \
   load_check structure start_up fp8 fp8_accuracy fp8_values fp8_rank_files fp8_experts weight_forms \
   compressed_checkpoints expert_kernel graph_cost progress_bar without_sdk mla sharded_attention shard_choice paged \
-  shards mtp_rank_files speculation_gain padded_heads
+  shards mtp_rank_files speculation_gain padded_heads member_commands state_dict results_csv package
 GRAPH_TESTS := $(wildcard test/device_graphs/test_*.py)
 
 .PHONY: demo test test-newest-transformers graph-env test-graphs $(GRAPH_TESTS) lint clean

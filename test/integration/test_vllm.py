@@ -291,7 +291,7 @@ def test_streamed_completion(server, expected):
         events = [line[6:] for line in response.read().decode().splitlines() if line.startswith("data: ")]
     assert events.pop() == "[DONE]"
     chunks = [json.loads(event)["choices"][0]["text"] for event in events]
-    assert len(chunks) == NEW_TOKENS
+    assert 1 < len(chunks) <= NEW_TOKENS  # a client that lags gets several tokens at once
     assert "".join(chunks).split() == words(expected[2]).split()
 
 

@@ -94,7 +94,7 @@ from nxdi_deepseek.checkpoint import decoder
 original = decoder.UnitDecoder.regions
 def regions(self, unit):
     os.write(1, b"begun\n")  # one call: two workers begin at once
-    time.sleep(0.2)
+    time.sleep(1)
     yield from original(self, unit)
 decoder.UnitDecoder.regions = regions
 sys.exit(cli.main(sys.argv[1:]))
