@@ -25,11 +25,16 @@ class PagedRequests:
         self.size: int = neuron_config.pa_block_size
         self.pool = BlockPool(neuron_config.pa_num_blocks, self.size)
         self.computed, self.reused = 0, 0
+        self._own_tables: bool | None = None  # not known before the first call
 
     def run(self, call: Callable[..., Any], request: dict[str, Any]) -> Any:
         """What `call` (the base class's forward) returns for a checked request, with a row for each of its sequences.
         request: input_ids, seq_ids, position_ids, attention_mask, and the caller's tables, if it has any."""
-        if all(request.get(name) is None for name in TABLE_FIELDS):
+        own = all(request.get(name) is None for name in TABLE_FIELDS)
+        if self._own_tables not in (None, own):
+            raise ConfigError("forward: block_table is given in some calls only; give it in all, or in none")
+        self._own_tables = own
+        if own:
             return self._run_with_own_tables(call, request)
         _check_tables(request)
         return self._run(call, request, request["block_table"], request["computed_context_lens"].flatten().tolist())

@@ -267,6 +267,14 @@ def test_tables_in_part_are_refused(model_dir):
         )
 
 
+def test_tables_in_some_calls_only_are_refused(model_dir):
+    """The blocks of one side would be overwritten by the other."""
+    model = load_model(model_dir, batch_size=1, **CHUNKS)
+    Session(model).prefill([[5, 6, 7]])
+    with pytest.raises(ConfigError, match="block_table is given in some calls only"):
+        Tables(model, {"a": [1, 2]}).prefill("a", [5, 6, 7], 0)
+
+
 @pytest.mark.parametrize(
     ("blocks", "pool"), [(32, True), (48, True), (49, False)], ids=["the pool", "1.5 times", "gathered"]
 )
