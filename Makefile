@@ -4,8 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NEWEST := $(VENV)-newest-transformers
 GRAPHS := $(VENV)-graphs
-# Two modules of tests at a time, each with one thread for the maths.
-AT_ONCE := --numprocesses=2 --dist=loadfile
 # A graph that hangs is a failure after so many seconds.
 GRAPH_TIMEOUT ?= 900
 WITHOUT_TRANSFORMERS := sharder* checkpoint_checks mutated_files one_verdict rank_file_identity parallel planning \
@@ -16,20 +14,18 @@ GRAPH_TESTS := $(wildcard test/device_graphs/test_*.py)
 
 .PHONY: demo test test-newest-transformers graph-env test-graphs $(GRAPH_TESTS) lint clean
 
-test test-newest-transformers: export OMP_NUM_THREADS ?= 1
-
 demo: $(VENV)/installed
 	$(BIN)/nxdi-deepseek demo
 
 # Two processes: a process has one backend, the unit tests the embedded runtime, the integration tests NxDI.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(AT_ONCE) test/unit
-	$(BIN)/python -m pytest $(AT_ONCE) test/integration
+	$(BIN)/python -m pytest test/unit
+	$(BIN)/python -m pytest test/integration
 
 # Without the tests of checkpoints, plans and graphs, which know nothing of transformers, and those that take nothing but
 # a tokenizer from it.
 test-newest-transformers: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m pytest $(AT_ONCE) test/unit $(patsubst %,--ignore-glob='*/test_%.py',$(WITHOUT_TRANSFORMERS))
+	$(NEWEST)/bin/python -m pytest test/unit $(patsubst %,--ignore-glob='*/test_%.py',$(WITHOUT_TRANSFORMERS))
 
 # What lowers and executes the device's graphs: 6.6 GB, most of it CUDA libraries that torch 2.8's wheel links to. What a
 # broken installation left is used by the next one.
