@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NEWEST := $(VENV)-newest-transformers
 GRAPHS := $(VENV)-graphs
 # A graph that hangs is a failure after so many seconds.
-GRAPH_TIMEOUT ?= 900
+GRAPH_TIMEOUT ?= 1500
 WITHOUT_TRANSFORMERS := sharder* checkpoint_checks mutated_files one_verdict rank_file_identity parallel planning \
   load_check structure start_up fp8 fp8_accuracy fp8_values fp8_rank_files fp8_experts weight_forms \
   compressed_checkpoints expert_kernel graph_cost progress_bar without_sdk mla sharded_attention shard_choice paged \
