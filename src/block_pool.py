@@ -47,9 +47,15 @@ class BlockPool:
         self._grow(name, table)
         return table.blocks, len(shared) * self.block_size
 
-    def append(self, name: int, token: int) -> list[int]:
-        """The sequence's blocks, with room for one more token."""
+    def append(self, name: int, position: int, token: int) -> list[int]:
+        """The sequence's blocks, with room for a token at `position`. Raises ConfigError where that is not its end:
+        others may share what is ahead of it."""
         table = self._tables[name]
+        if position != len(table.tokens):
+            raise ConfigError(
+                f"forward: position {position} does not follow the {len(table.tokens)} tokens of slot {name}; "
+                "in blocks sequences only grow, give the prompt again"
+            )
         table.tokens.append(token)
         self._grow(name, table)
         return table.blocks

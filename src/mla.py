@@ -93,13 +93,8 @@ def absorbed_attention(
     which always sees itself. Returns [B, N, S, V].
     """
     q_latent_BNSR = q_nope_BNSD @ w_uk_NDR
-
-    def scores(keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        k_pe, latent = keys
-        scores = _shared_matmul(q_latent_BNSR, latent.mT) + _shared_matmul(q_pe_BNSP, k_pe.mT)
-        return _scaled_scores(scores, mask, scale)
-
-    cached_scores, active_scores = scores(cached, cached_mask), scores(active, active_mask)
+    cached_scores = _latent_scores(q_latent_BNSR, q_pe_BNSP, cached, cached_mask, scale)
+    active_scores = _latent_scores(q_latent_BNSR, q_pe_BNSP, active, active_mask, scale)
     probs = torch.cat((cached_scores, active_scores), dim=-1).softmax(dim=-1).to(q_latent_BNSR.dtype)
     cached_probs, active_probs = probs.tensor_split((cached_scores.shape[-1],), dim=-1)
     out_latent_BNSR = _shared_matmul(cached_probs, cached[1]) + _shared_matmul(active_probs, active[1])
@@ -115,13 +110,22 @@ def partial_attention(
     keys: (k_pe, latent), [B or 1, 1, L, P] and [B or 1, 1, L, R]; mask: bool, broadcastable to [B, N, S, L], None where
     all keys count. Where none does, both are finite, and the logarithm is about the lowest number.
     """
-    k_pe, latent = keys
-    scores = _scaled_scores(_shared_matmul(q_latent_BNSR, latent.mT) + _shared_matmul(q_pe_BNSP, k_pe.mT), mask, scale)
+    latent = keys[1]
+    scores = _latent_scores(q_latent_BNSR, q_pe_BNSP, keys, mask, scale)
     most = scores.amax(-1, keepdim=True)
     exponentials = (scores - most).exp()
     total = exponentials.sum(-1, keepdim=True)
     out_latent_BNSR = _shared_matmul((exponentials / total).to(latent.dtype), latent)
     return out_latent_BNSR, (most + total.log()).squeeze(-1)
+
+
+def _latent_scores(
+    q_latent_BNSR: Tensor, q_pe_BNSP: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None, scale: float
+) -> Tensor:
+    """Scores of queries in latent space, float32 [B, N, S, L]."""
+    k_pe, latent = keys
+    scores = _shared_matmul(q_latent_BNSR, latent.mT) + _shared_matmul(q_pe_BNSP, k_pe.mT)
+    return _scaled_scores(scores, mask, scale)
 
 
 def _shared_matmul(x_BNSd: Tensor, y_B1de: Tensor) -> Tensor:

@@ -70,6 +70,11 @@ def check_paging(neuron_config: Any) -> None:
             f"neuron_config: ctx_batch_size {neuron_config.ctx_batch_size} with is_block_kv_layout; prompts are taken "
             "one by one, set it to 1"
         )
+    if getattr(neuron_config, "allow_input_truncation", False):
+        raise ConfigError(
+            "neuron_config: allow_input_truncation with is_block_kv_layout is not supported; turn it off, "
+            "longer prompts are refused"
+        )
     if getattr(neuron_config, "async_mode", False):
         raise ConfigError(
             "neuron_config: async_mode with is_block_kv_layout; the next step would use the last one's blocks, turn "

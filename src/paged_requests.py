@@ -36,15 +36,28 @@ class PagedRequests:
         self._own_tables = own
         if own:
             return self._run_with_own_tables(call, request)
-        _check_tables(request)
+        self._check_tables(request)
         return self._run(call, request, request["block_table"], request["computed_context_lens"].flatten().tolist())
+
+    def _check_tables(self, request: dict[str, Any]) -> None:
+        """Raises ConfigError for the caller's tables that NxDI would follow to other blocks, or not at all."""
+        missing = [name for name in TABLE_FIELDS if request.get(name) is None]
+        if missing:
+            raise ConfigError(f"forward: {', '.join(missing)} missing; give all of {', '.join(TABLE_FIELDS)} or none")
+        blocks, tables = self.neuron_config.pa_num_blocks, request["block_table"]
+        if int(tables.min()) < 0 or int(tables.max()) >= blocks:
+            raise ConfigError(f"forward: block_table names blocks outside 0 to {blocks - 1}, pa_num_blocks {blocks}")
+        if is_prompt(request["position_ids"]):
+            lengths, computed = request["attention_mask"].sum(-1), request["computed_context_lens"].flatten()
+            if bool(((computed < 0) | (computed >= lengths)).any()):
+                raise ConfigError("forward: computed_context_lens must leave a token of each prompt to compute")
 
     def _run_with_own_tables(self, call: Callable[..., Any], request: dict[str, Any]) -> Any:
         """A prompt's blocks are opened when it is its turn, so that it finds those of the prompts ahead of it."""
         names = request["seq_ids"].tolist()
         if not is_prompt(request["position_ids"]):
-            tokens = request["input_ids"][:, 0].tolist()
-            tables = [self.pool.append(name, token) for name, token in zip(names, tokens, strict=True)]
+            steps = zip(names, request["position_ids"][:, 0].tolist(), request["input_ids"][:, 0].tolist(), strict=True)
+            tables = [self.pool.append(*step) for step in steps]
             output = self._run(call, request, self._padded(tables), None)
             for name in names:
                 self.pool.seal(name)
@@ -116,18 +129,19 @@ class PagedRequests:
         return torch.tensor([table + [0] * (width - len(table)) for table in tables])
 
 
-def _check_tables(request: dict[str, Any]) -> None:
-    missing = [name for name in TABLE_FIELDS if request.get(name) is None]
-    if missing:
-        raise ConfigError(f"forward: {', '.join(missing)} missing; give all of {', '.join(TABLE_FIELDS)} or none")
-
-
 def _joined(outputs: list[Any]) -> Any:
     """One output with the rows of all."""
     first, *rest = outputs
     if not rest:
         return first
-    for name, value in (dict(first) | vars(first)).items():
-        if isinstance(value, Tensor) and value.ndim:
-            setattr(first, name, torch.cat([getattr(output, name) for output in outputs]))
+    for name in dict(first) | vars(first):
+        setattr(first, name, _rows_of_all([getattr(output, name) for output in outputs]))
     return first
+
+
+def _rows_of_all(values: list[Any]) -> Any:
+    """Tensors one behind the other, those of lists place by place; of anything else the first."""
+    first = values[0]
+    if isinstance(first, list | tuple):
+        return type(first)(_rows_of_all(list(items)) for items in zip(*values, strict=True))
+    return torch.cat(values) if isinstance(first, Tensor) and first.ndim else first

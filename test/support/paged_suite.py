@@ -9,6 +9,8 @@ from nxdi_deepseek import backend, modeling_deepseek
 from nxdi_deepseek.accuracy.reference import hugging_face_model, reference_logits
 from nxdi_deepseek.checkpoint.synthetic import write_checkpoint
 from nxdi_deepseek.errors import ConfigError
+from nxdi_deepseek.paged_requests import _joined
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from support import models, nxdi
 from support.models import CONFIGS, V3, Session, greedy, load_config, load_model, random_prompts
@@ -267,6 +269,34 @@ def test_tables_in_part_are_refused(model_dir):
         )
 
 
+def test_tables_that_lead_nowhere_are_refused(model_dir):
+    model = load_model(model_dir, batch_size=1, **CHUNKS)
+    with pytest.raises(ConfigError, match="block_table names blocks outside 0 to 15, pa_num_blocks 16"):
+        Tables(model, {"a": [16]}).prefill("a", [5, 6, 7], 0)
+    with pytest.raises(ConfigError, match="computed_context_lens must leave a token"):
+        Tables(model, {"a": [1]}).prefill("a", [5, 6, 7], 3)
+
+
+def test_a_step_back_is_refused(model_dir):
+    """It would leave other tokens in a block than those that it is found by."""
+    model = load_model(model_dir, batch_size=1, **CHUNKS)
+    session = Session(model)
+    session.prefill([[5] * 9])
+    session.decode([6])
+    session.lengths[0] = 8
+    with pytest.raises(ConfigError, match="position 8 does not follow the 10 tokens of slot 0"):
+        session.decode([7])
+
+
+def test_rows_of_lists_are_joined_too():
+    """As NxDI's outputs with on-device sampling and output_logits have them."""
+    joined = _joined(
+        [CausalLMOutputWithPast(logits=torch.ones(1, 2), hidden_states=[torch.full((1,), i)]) for i in (3, 4)]
+    )
+    assert joined.logits.shape == (2, 2)
+    assert joined.hidden_states[0].tolist() == [3, 4]
+
+
 def test_tables_in_some_calls_only_are_refused(model_dir):
     """The blocks of one side would be overwritten by the other."""
     model = load_model(model_dir, batch_size=1, **CHUNKS)
@@ -362,6 +392,7 @@ REFUSED = {
     "attention DP": (PAGED | {"attention_dp_degree": 2}, "attention_dp_degree|DP Degree"),
     "quantized cache": (PAGED | {"kv_cache_quant": True}, "kv_cache_quant"),
     "block kernels": (PAGED | {"attn_block_tkg_nki_kernel_enabled": True}, "attn.block.tkg.nki.kernel.enabled"),
+    "truncation": (PAGED | {"allow_input_truncation": True}, "allow_input_truncation"),
     "async": (PAGED | {"async_mode": True}, "async_mode"),
     "chunked prefill": (PAGED | {"chunked_prefill_config": {}}, "chunked_prefill_config|is_chunked_prefill"),
 }
